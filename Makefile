@@ -1,0 +1,38 @@
+# make reproduce   environment, default model, every notebook on it, reports/
+# make test        everything that CI runs
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+PARAMS ?= smollm2
+OUT    ?= reports
+
+.PHONY: reproduce test models lock clean
+
+$(VENV)/run.stamp: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+reproduce: $(VENV)/run.stamp
+	$(PY) -m biasprune run --params $(PARAMS) --out $(OUT)
+
+test: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m jupytext --test --to ipynb notebooks/*.py
+	$(PY) -m pytest --nbval-lax --nbval-cell-timeout=300 -q
+
+models: $(VENV)/run.stamp
+	$(PY) data/make_models.py
+
+lock: $(VENV)/dev.stamp
+	$(PY) tests/make_lock.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,150 @@
+"""The one primitive: masks on heads and MLP units, and the export of a pruned checkpoint.
+
+A head is removed by zeroing its slice of the *input* of the attention output projection. That
+works with every attention kernel, with key/value caches and with grouped queries, since nothing
+inside attention is touched. (Masking the projection's output would mask nothing that belongs to
+one head.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from biasprune.lm import LM, Anatomy
+
+
+def head_mask(anatomy: Anatomy, heads: Iterable[int]) -> Tensor:
+    """The mask that removes some heads.
+
+    Parameters
+    ----------
+    heads
+        Flat indices, layer · n_heads + head.
+
+    Returns
+    -------
+    Tensor
+        float32, (layers, heads): 0 where a head is removed, else 1.
+
+    Raises
+    ------
+    ValueError
+        If an index is not an integer in 0 … layers · heads − 1.
+    """
+    mask = torch.ones(anatomy.n_flat)
+    for h in heads:
+        if not isinstance(h, int | np.integer) or not 0 <= h < anatomy.n_flat:
+            raise ValueError(f"head {h!r} is not a flat index in 0 … {anatomy.n_flat - 1}.")
+        mask[h] = 0
+    return mask.view(anatomy.n_layers, anatomy.n_heads)
+
+
+def head_masks(anatomy: Anatomy, sets: Iterable[Iterable[int]]) -> Tensor:
+    """Masks of several head sets, stacked: (sets, layers, heads)."""
+    return torch.stack([head_mask(anatomy, s) for s in sets])
+
+
+def _check(mask: Tensor, layers: int, width: int, what: str) -> Tensor:
+    if mask.dim() not in (2, 3) or tuple(mask.shape[-2:]) != (layers, width):
+        raise ValueError(
+            f"mask of {what} has shape {tuple(mask.shape)}; expected ({layers}, {width}) or "
+            f"(rows, {layers}, {width})."
+        )
+    if not mask.isfinite().all():
+        raise ValueError(f"mask of {what} holds NaN or infinity.")
+    return mask if mask.dim() == 3 else mask[None]
+
+
+def _hook(mask: Tensor):
+    """A pre-hook that multiplies a projection's input (B, T, width) by mask (1 or B, width)."""
+
+    def pre_hook(module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        if mask.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"mask has {mask.shape[0]} rows, but the batch has {x.shape[0]}.")
+        return (x * mask[:, None].to(x), *args[1:])
+
+    return pre_hook
+
+
+@contextmanager
+def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> Iterator[None]:
+    """Run the model with heads or MLP units scaled; inside the ``with`` block only.
+
+    The model leaves as it came, also after an exception. Masks may require gradients.
+
+    Parameters
+    ----------
+    heads
+        (layers, heads) for every row alike, or (rows, layers, heads), one mask per batch row.
+    units
+        (layers, units) or (rows, layers, units): MLP units, scaled at the down projection's input.
+
+    Raises
+    ------
+    ValueError
+        If a mask's shape doesn't fit the model, holds NaN, or its rows don't fit the batch.
+    """
+    a = lm.anatomy
+    handles = []
+    try:
+        for mask, width, repeat, modules, what in (
+            (heads, a.n_heads, a.head_dim, a.out_projs, "heads"),
+            (units, a.n_units, 1, a.down_projs, "units"),
+        ):
+            if mask is None:
+                continue
+            mask = _check(mask, a.n_layers, width, what)
+            for i, name in enumerate(modules):
+                layer = mask[:, i]
+                if not layer.requires_grad and bool((layer == 1).all()):
+                    continue  # nothing to scale here
+                module = lm.model.get_submodule(name)
+                scale = layer.repeat_interleave(repeat, dim=-1).to(module.weight.device)
+                handles.append(module.register_forward_pre_hook(_hook(scale)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def export(lm: LM, heads: Iterable[int], folder: str | Path) -> Path:
+    """Save a checkpoint with heads pruned, that plain transformers loads.
+
+    The heads' columns of the output projections are zero in the saved copy; shapes stay as they
+    are, since grouped queries leave no way to cut a single query head out of a stock architecture.
+    ``biasprune.json`` in the folder lists the heads. The model in memory isn't changed.
+
+    Raises
+    ------
+    ValueError
+        If a head index is out of range.
+    FileExistsError
+        If the folder exists and isn't empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} isn't empty; give a new folder.")
+    pruned = sorted({int(h) for h in heads})
+    mask = head_mask(lm.anatomy, pruned)
+    state = lm.model.state_dict()
+    for name, row in zip(lm.anatomy.out_projs, mask, strict=True):
+        if bool((row == 1).all()):
+            continue
+        weight = state[f"{name}.weight"]
+        scale = row.repeat_interleave(lm.anatomy.head_dim).to(weight)
+        conv = isinstance(lm.model.get_submodule(name), transformers.pytorch_utils.Conv1D)
+        state[f"{name}.weight"] = weight * (scale[:, None] if conv else scale)
+    lm.model.save_pretrained(folder, state_dict=state)
+    lm.tokenizer.save_pretrained(folder)
+    record = {"base": lm.name, "revision": lm.revision, "pruned_heads": pruned}
+    (folder / "biasprune.json").write_text(json.dumps(record, indent=1))
+    return folder

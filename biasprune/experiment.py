@@ -1,0 +1,249 @@
+"""From head sets to a table: what pruning them does to bias, perplexity and the text itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from biasprune import measure, select
+from biasprune.ablate import head_masks
+from biasprune.decode import sample
+from biasprune.headscores import judge_continuations
+from biasprune.judge import Judge
+from biasprune.lm import LM
+
+
+def selections(
+    scores: pd.DataFrame,
+    baselines: dict[str, np.ndarray],
+    *,
+    gamma: float,
+    alphas: Iterable[float],
+    rule: str = "corrected",
+    draws: int = 3,
+) -> pd.DataFrame:
+    """The heads that FASP and every baseline prune.
+
+    Parameters
+    ----------
+    scores
+        Frame of ``headscores.score``.
+    baselines
+        Further scores, name → (N,); each prunes its lowest.
+    draws
+        Number of random selections, seeds 0 … draws − 1.
+
+    Returns
+    -------
+    DataFrame
+        method, gamma (0 for the baselines: nothing is protected), alpha, draw, heads (sorted flat
+        indices). α = 0 is the unpruned model.
+    """
+    n = len(scores)
+    bias, ppl = scores["bias_without"].to_numpy(), scores["ppl_without"].to_numpy()
+    rows = []
+    for alpha in alphas:
+        rows.append(("FASP", gamma, alpha, 0, select.fasp(bias, ppl, gamma=gamma, alpha=alpha, rule=rule)))
+        named = {"bias only": bias, "perplexity only": ppl, **baselines}
+        for name, values in named.items():
+            rows.append((name, 0.0, alpha, 0, select.lowest(values, alpha=alpha, rule=rule)))
+        for draw in range(draws):
+            rows.append(("random", 0.0, alpha, draw, select.random(n, alpha=alpha, seed=draw)))
+    return pd.DataFrame(rows, columns=["method", "gamma", "alpha", "draw", "heads"])
+
+
+def gamma_grid(
+    scores: pd.DataFrame, gammas: Iterable[float], alphas: Iterable[float], rule: str = "corrected"
+) -> pd.DataFrame:
+    """FASP's heads over γ × α, where α ≤ 1 − γ; columns as in ``selections``."""
+    alphas = list(alphas)
+    parts = [
+        selections(scores, {}, gamma=g, alphas=[a for a in alphas if a <= 1 - g], rule=rule, draws=0)
+        for g in gammas
+    ]
+    whole = pd.concat(parts, ignore_index=True)
+    return whole[whole["method"] == "FASP"].reset_index(drop=True)
+
+
+def evaluate(
+    lm: LM,
+    selected: pd.DataFrame,
+    prompts: pd.DataFrame,
+    judge: Judge,
+    windows: measure.Windows,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    rule: str = "corrected",
+    max_new_tokens: int = 40,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    max_prompt_tokens: int | None = 22,
+    batch_rows: int = 256,
+    batch_tokens: int = 4096,
+    progress: str | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Continuations, judge scores and perplexity of every selected head set and of the whole model.
+
+    Equal sets are run once. All sets and the unpruned model share prompts and sampling noise.
+
+    Returns
+    -------
+    (texts, losses)
+        texts: heads (as text, "" for none), seed, prompt (row number), score, text.
+        losses: heads, window, nll (nats per token), tokens.
+    """
+    keys = list(dict.fromkeys(["", *map(set_key, selected["heads"])]))
+    masks = head_masks(lm.anatomy, [parse_key(k) for k in keys])
+    written = sample(
+        lm,
+        list(prompts["prompt"]),
+        masks=masks,
+        seeds=seeds,
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        temperature=temperature,
+        max_prompt_tokens=max_prompt_tokens,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
+    scores = judge_continuations(list(prompts["prompt"]), written, judge, rule)
+    shape = [("heads", keys), ("seed", list(seeds)), ("prompt", range(len(prompts)))]
+    index = pd.MultiIndex.from_product([v for _, v in shape], names=[n for n, _ in shape])
+    texts = pd.DataFrame({"score": scores.reshape(-1), "text": written.texts.reshape(-1)}, index=index)
+    label = progress and f"{progress}: perplexity"
+    nll = measure.nll(lm, windows, masks, batch_tokens=batch_tokens, progress=label)
+    index = pd.MultiIndex.from_product([keys, range(nll.shape[1])], names=["heads", "window"])
+    losses = pd.DataFrame({"nll": nll.reshape(-1), "tokens": np.tile(windows.counts, len(keys))}, index=index)
+    return texts.reset_index(), losses.reset_index()
+
+
+def set_key(heads: Iterable[int]) -> str:
+    """A head set as text, for tables: [3, 17] → "3 17"."""
+    return " ".join(str(int(h)) for h in sorted(heads))
+
+
+def parse_key(key: str) -> list[int]:
+    """The inverse of ``set_key``."""
+    return [int(h) for h in key.split()]
+
+
+def compare(
+    selected: pd.DataFrame,
+    texts: pd.DataFrame,
+    losses: pd.DataFrame,
+    prompts: pd.DataFrame,
+    windows: measure.Windows,
+    *,
+    by: Sequence[str] = ("method", "gamma", "alpha"),
+    n_boot: int = 1000,
+) -> tuple[pd.DataFrame, dict[tuple, np.ndarray]]:
+    """Bias, its change, and the model's health for every pruning setting, with 95 % intervals.
+
+    Rows of ``selected`` that share ``by`` (the random draws) are averaged.
+
+    Returns
+    -------
+    (table, replicates)
+        table: the columns ``by``; pruned (number of heads); bias, bias_low, bias_high; change,
+        change_low, change_high (percent of the unpruned model's bias); ppl, ppl_ratio; score (mean
+        judge score); distinct (share of distinct continuations); empty (share of empty ones).
+        Intervals by bootstrap over prompts within groups, seeds averaged, pruned and unpruned
+        paired. replicates: ``by`` → (n_boot,) changes in percent, for intervals of further sums.
+    """
+    keys = list(dict.fromkeys(texts["heads"]))
+    shape = (len(keys), texts["seed"].nunique(), texts["prompt"].nunique())
+    scores = texts["score"].to_numpy().reshape(shape).mean(1)  # (sets, prompts)
+    nll = losses["nll"].to_numpy().reshape(len(keys), -1)
+    weights = prompts["weight"].to_numpy() if "weight" in prompts else None
+    bias = measure.group_bias(scores, prompts["bucket"], weights)
+    boot = measure.bootstrap_bias(scores, prompts["bucket"], weights, n_boot=n_boot)
+    ppl = measure.perplexity(nll, windows)
+    health = texts.groupby("heads", sort=False)["text"].agg(
+        distinct=lambda t: t.nunique() / len(t), empty=lambda t: (t.str.strip() == "").mean()
+    )
+    where = {k: i for i, k in enumerate(keys)}
+    base = where[""]
+    if bias[base] <= 0:
+        raise ValueError("the unpruned model has no bias on these prompts; a change in percent is undefined.")
+    rows, replicates = [], {}
+    for setting, group in selected.groupby(list(by), sort=False):
+        index = [where[set_key(h)] for h in group["heads"]]
+        change = 100 * (bias[index].mean() / bias[base] - 1)
+        drawn = 100 * (boot[:, index].mean(1) / boot[:, base] - 1)
+        low, high = measure.interval(change, drawn)
+        bias_low, bias_high = measure.interval(bias[index].mean(), boot[:, index].mean(1))
+        replicates[tuple(setting)] = drawn
+        rows.append(
+            {
+                **dict(zip(by, setting, strict=True)),
+                "pruned": len(group["heads"].iloc[0]),
+                "bias": bias[index].mean(),
+                "bias_low": max(0.0, bias_low),
+                "bias_high": bias_high,
+                "change": change,
+                "change_low": low,
+                "change_high": high,
+                "ppl": ppl[index].mean(),
+                "ppl_ratio": ppl[index].mean() / ppl[base],
+                "score": scores[index].mean(),
+                "distinct": health["distinct"].iloc[index].mean(),
+                "empty": health["empty"].iloc[index].mean(),
+            }
+        )
+    return pd.DataFrame(rows), replicates
+
+
+def choose_gamma(grid: pd.DataFrame, max_ppl_ratio: float) -> float:
+    """The γ with the lowest mean bias over α > 0 among those whose perplexity never overshoots.
+
+    Parameters
+    ----------
+    grid
+        Frame of ``compare`` over γ × α on validation prompts.
+    max_ppl_ratio
+        Highest perplexity allowed at any α, as a ratio to the unpruned model's. If no γ keeps to
+        it, the γ with the lowest highest ratio is taken.
+
+    The paper chooses γ per model on validation data; its own criterion isn't public.
+    """
+    pruned = grid[grid["pruned"] > 0]
+    if pruned.empty:
+        raise ValueError("no α of the grid prunes a head: the model has too few heads for these α.")
+    per_gamma = pruned.groupby("gamma").agg(bias=("bias", "mean"), worst=("ppl_ratio", "max"))
+    allowed = per_gamma[per_gamma["worst"] <= max_ppl_ratio]
+    return float(allowed["bias"].idxmin() if len(allowed) else per_gamma["worst"].idxmin())
+
+
+def verdicts(table: pd.DataFrame, replicates: dict[tuple, np.ndarray], max_ppl_ratio: float) -> pd.DataFrame:
+    """Per method, over all α that prune: mean change of bias with interval, and the worst perplexity.
+
+    Returns
+    -------
+    DataFrame
+        method, mean_change, low, high (percent), reduced_at (share of the α at which the whole
+        interval lies below 0), worst_ppl_ratio, verdict in words.
+    """
+    rows = []
+    for method, part in table[table["pruned"] > 0].groupby("method", sort=False):
+        drawn = np.mean(
+            [replicates[(method, g, a)] for g, a in zip(part["gamma"], part["alpha"], strict=True)], 0
+        )
+        mean = part["change"].mean()
+        low, high = measure.interval(mean, drawn)
+        worst = part["ppl_ratio"].max()
+        effect = "reduces bias" if high < 0 else "raises bias" if low > 0 else "no clear change"
+        cost = "within" if worst <= max_ppl_ratio else "over"
+        rows.append(
+            {
+                "method": method,
+                "mean_change": mean,
+                "low": float(low),
+                "high": float(high),
+                "reduced_at": (part["change_high"] < 0).mean(),
+                "worst_ppl_ratio": worst,
+                "verdict": f"{effect}; perplexity {cost} the limit",
+            }
+        )
+    return pd.DataFrame(rows)

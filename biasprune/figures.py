@@ -1,0 +1,162 @@
+"""Tidy frame in, seaborn figure out. One style for all figures, readable in greyscale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110})
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write ``name.png`` and ``name.pdf``; returns the PNG's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "png"):
+        # no creation date: the same data give the same bytes
+        metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
+        figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
+    return folder / f"{name}.png"
+
+
+def head_scores(scores: pd.DataFrame, n: int = 10) -> Figure:
+    """z_bias against z_ppl of every head, with standard errors; the n largest z_bias named."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.8))
+    axis.errorbar(
+        scores["z_ppl"],
+        scores["z_bias"],
+        xerr=scores["z_ppl_se"],
+        yerr=scores["z_bias_se"],
+        fmt="o",
+        markersize=3.5,
+        elinewidth=0.5,
+        alpha=0.55,
+    )
+    for row in scores.nlargest(n, "z_bias").itertuples():
+        axis.annotate(f"{row.layer}.{row.head}", (row.z_ppl, row.z_bias), fontsize=8, alpha=0.8)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.axvline(0, color="black", lw=0.8)
+    spread = scores["z_ppl"].abs().quantile(0.5)
+    axis.set_xscale("symlog", linthresh=max(float(spread), 1e-6))
+    axis.set_xlabel("z_ppl: perplexity without the head − with it (symmetric log scale)")
+    axis.set_ylabel("z_bias: bias with the head − without it")
+    axis.set_title(f"Effect of removing each of {len(scores)} heads (± 1 standard error; layer.head)")
+    return figure
+
+
+def change_against_alpha(table: pd.DataFrame, max_ppl_ratio: float | None = None) -> Figure:
+    """Change of bias (%) with 95 % intervals and perplexity ratio against α, one panel per method.
+
+    FASP's line stands in every panel for comparison.
+    """
+    methods = list(dict.fromkeys(table["method"]))
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
+    figure, axes = plt.subplots(
+        2, len(methods), figsize=(2.6 * len(methods), 5.6), sharex=True, sharey="row", squeeze=False
+    )
+    fasp = table[table["method"] == "FASP"]
+    for column, method in enumerate(methods):
+        part = table[table["method"] == method]
+        top, bottom = axes[:, column]
+        style = {"color": colours[method], "marker": MARKERS[column % len(MARKERS)], "ms": 4}
+        top.fill_between(
+            part["alpha"], part["change_low"], part["change_high"], color=colours[method], alpha=0.25
+        )
+        if method != "FASP":
+            top.plot(fasp["alpha"], fasp["change"], color="grey", ls="--", lw=1.2)
+            bottom.plot(fasp["alpha"], fasp["ppl_ratio"], color="grey", ls="--", lw=1.2)
+        top.plot(part["alpha"], part["change"], **style)
+        bottom.plot(part["alpha"], part["ppl_ratio"], **style)
+        top.axhline(0, color="black", lw=0.8)
+        bottom.axhline(1, color="black", lw=0.8)
+        if max_ppl_ratio:
+            bottom.axhline(max_ppl_ratio, color="black", lw=0.8, ls=":")
+        bottom.set_yscale("log")
+        top.set_title(method, fontsize=11)
+        bottom.set_xlabel("share of heads\npruned (α)")
+    axes[0, 0].set_ylabel("change of bias (%)\nband: 95 % interval")
+    axes[1, 0].set_ylabel("perplexity ÷ unpruned\n(log scale)")
+    axes[1, 0].yaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
+    axes[1, 0].yaxis.set_minor_formatter(plt.FormatStrFormatter("%g"))
+    axes[1, 0].tick_params(axis="y", which="minor", labelsize=8)
+    figure.suptitle("Test prompts: every method against α (dashed grey: FASP)", y=0.99)
+    figure.tight_layout()
+    return figure
+
+
+def gamma_alpha(grid: pd.DataFrame, chosen: float) -> Figure:
+    """Change of bias and perplexity ratio of FASP over γ × α; the chosen γ is framed."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.55 * grid["gamma"].nunique() + 1.9))
+    shown = grid[grid["pruned"] > 0]
+    for axis, value, title, cmap, centre, form in (
+        (axes[0], "change", "change of bias (%), validation prompts", "RdBu_r", 0, ".0f"),
+        (axes[1], "ppl_ratio", "perplexity ÷ unpruned", "viridis_r", None, ".2f"),
+    ):
+        cells = shown.pivot(index="gamma", columns="alpha", values=value)
+        sns.heatmap(cells, ax=axis, annot=True, fmt=form, cmap=cmap, center=centre, annot_kws={"size": 8})
+        row = list(cells.index).index(chosen)
+        axis.add_patch(
+            plt.Rectangle((0, row), cells.shape[1], 1, fill=False, ec="black", lw=2.5, clip_on=False)
+        )
+        axis.set_xticklabels([f"{a:.2g}" for a in cells.columns], rotation=0)
+        axis.set_xlabel("share of heads pruned (α)")
+        axis.set_ylabel("share of heads protected (γ)")
+        axis.set_title(f"{title} (frame: chosen γ)", fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def head_map(n_layers: int, n_heads: int, protected: list[int], pruned: list[int]) -> Figure:
+    """Layer × head grid: protected, pruned, neither."""
+    state = np.zeros(n_layers * n_heads)
+    state[protected] = 1
+    state[pruned] = 2
+    colours = ["#eeeeee", "#9ecae1", "#b2182b"]
+    figure, axis = plt.subplots(figsize=(min(11, 2.6 + 0.42 * n_layers), 1.5 + 0.3 * n_heads))
+    sns.heatmap(
+        pd.DataFrame(state.reshape(n_layers, n_heads).T),
+        ax=axis,
+        cmap=ListedColormap(colours),
+        vmin=0,
+        vmax=2,
+        cbar=False,
+        linewidths=0.8,
+        square=True,
+    )
+    for h in pruned:  # a mark as well as a colour, for greyscale
+        axis.text(h // n_heads + 0.5, h % n_heads + 0.5, "×", ha="center", va="center", color="white")
+    axis.set_xlabel("layer")
+    axis.set_ylabel("head")
+    axis.set_title(f"Heads protected ({len(protected)}), pruned ({len(pruned)}, ×), and left")
+    labels = ["neither", "protected (perplexity)", "pruned (bias)"]
+    patches = [Patch(fc=c, ec="grey", label=t) for c, t in zip(colours, labels, strict=True)]
+    axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=3, frameon=False)
+    return figure
+
+
+def group_scores(table: pd.DataFrame) -> Figure:
+    """Mean judge score per group, prompts alone against continuations; columns bucket, what, score."""
+    grid = sns.catplot(
+        table,
+        x="score",
+        y="bucket",
+        hue="what",
+        kind="point",
+        linestyle="none",
+        dodge=0.35,
+        markers=MARKERS[: table["what"].nunique()],
+        height=0.35 * table["bucket"].nunique() + 2.0,
+        aspect=1.6,
+        seed=0,
+    )
+    grid.set_axis_labels("mean judge score (0 – 1), 95 % interval", "")
+    grid.legend.set_title("")
+    return grid.figure

@@ -1,0 +1,293 @@
+"""Group bias with intervals and noise floor, and perplexity by published and corrected windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from biasprune.ablate import masked
+from biasprune.lm import LM
+from biasprune.progress import bar
+
+
+def _groups(buckets: Sequence[str], weights: ArrayLike | None, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Group index of each prompt (n,) and share of each group (groups,)."""
+    if len(buckets) != n:
+        raise ValueError(f"{n} scores for {len(buckets)} prompts.")
+    names, index = np.unique(np.asarray(buckets, dtype=str), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"only one group ({', '.join(names)}): bias needs at least two to compare.")
+    weights = np.full(n, 1 / n) if weights is None else np.asarray(weights, dtype=float)
+    if weights.shape != (n,) or not np.isfinite(weights).all() or (weights <= 0).any():
+        raise ValueError("weights must be one positive number per prompt.")
+    for g, name in enumerate(names):
+        if np.ptp(weights[index == g]) > 1e-9 * weights.max():
+            raise ValueError(f"the prompts of group {name} have different weights; give them one.")
+    share = np.bincount(index, weights=weights)
+    return index, share / share.sum()
+
+
+def _gap(means: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Sum over groups of |axis mean − group mean|; means (groups, …) → (…)."""
+    overall = np.tensordot(share, means, axes=1)
+    return np.abs(means - overall).sum(0)
+
+
+def group_means(scores: ArrayLike, buckets: Sequence[str]) -> np.ndarray:
+    """Mean score of every group, in sorted order of names: (…, prompts) → (groups, …)."""
+    scores = np.asarray(scores, dtype=float)
+    if not np.isfinite(scores).all():
+        raise ValueError("scores hold NaN or infinity: the judge failed on some text.")
+    index, _ = _groups(buckets, None, scores.shape[-1])
+    return np.stack([scores[..., index == g].mean(-1) for g in range(index.max() + 1)])
+
+
+def group_bias(scores: ArrayLike, buckets: Sequence[str], weights: ArrayLike | None = None) -> np.ndarray:
+    """Bias on one axis: Σ over groups of |mean over all prompts − mean over the group's prompts|.
+
+    Parameters
+    ----------
+    scores
+        (…, prompts) toxicity or any other score of the continuations.
+    buckets
+        Group of each prompt.
+    weights
+        Weight of each prompt in the axis mean, the same for all prompts of a group; None weighs
+        prompts equally, as published.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two groups, NaN scores, or lengths that differ.
+
+    Source
+    ------
+    Zayed et al., AAAI 2024, equation for bias; spec of the published code: a sum, not a mean.
+    """
+    means = group_means(scores, buckets)
+    _, share = _groups(buckets, weights, np.shape(scores)[-1])
+    return _gap(means, share)
+
+
+def bootstrap_bias(
+    scores: ArrayLike,
+    buckets: Sequence[str],
+    weights: ArrayLike | None = None,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Bias in bootstrap samples of prompts, drawn within groups: (…, prompts) → (n_boot, …).
+
+    All leading entries (models, heads, pruning levels) see the same draws, so differences between
+    them are paired.
+    """
+    scores = np.asarray(scores, dtype=float)
+    group_means(scores, buckets)  # validates
+    index, share = _groups(buckets, weights, scores.shape[-1])
+    rng = np.random.default_rng(seed)
+    means = []
+    for g in range(len(share)):
+        own = scores[..., index == g]
+        n = own.shape[-1]
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
+        means.append(np.moveaxis(own @ counts.T / n, -1, 0))
+    return _gap(np.stack(means), share)
+
+
+def noise_floor(
+    scores: ArrayLike,
+    buckets: Sequence[str],
+    weights: ArrayLike | None = None,
+    *,
+    n_perm: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Bias when the group labels are shuffled: what no difference at all would give.
+
+    (prompts,) → (n_perm,). A measured bias inside this range is no evidence of bias.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 1:
+        raise ValueError(f"noise_floor takes the scores of one model, (prompts,); got {scores.shape}.")
+    group_means(scores, buckets)  # validates
+    index, share = _groups(buckets, weights, scores.shape[-1])
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permuted(np.broadcast_to(scores, (n_perm, scores.size)), axis=1)
+    means = np.stack([shuffled[:, index == g].mean(-1) for g in range(len(share))])
+    return _gap(means, share)
+
+
+def interval(point: ArrayLike, replicates: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Basic bootstrap interval (low, high) of an estimate: 2·point − quantiles of the replicates.
+
+    The basic form is used because bias is a sum of absolute values: noise inflates it, and inflates
+    it once more in the bootstrap; percentile intervals would count that twice. Simulated coverage of
+    the 95 % interval for a change of bias (8 groups × 16–64 prompts, tests/test_measure.py): 88–94 %
+    if nothing changed or half of the bias went; 71–88 % if all of it went, where the misses
+    understate the reduction.
+    """
+    tail = (1 - level) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
+    return 2 * np.asarray(point) - high, 2 * np.asarray(point) - low
+
+
+# --- perplexity ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """A text cut into windows for perplexity.
+
+    Attributes
+    ----------
+    ids
+        (windows, length) token ids, the last window padded on the right.
+    first, last
+        (windows,) the targets of a window are its tokens first … last − 1.
+    rule
+        "corrected" or "as_published".
+    """
+
+    ids: Tensor
+    first: np.ndarray
+    last: np.ndarray
+    rule: str
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Number of predicted tokens per window."""
+        return self.last - self.first
+
+
+def windows(
+    lm: LM,
+    text: str,
+    *,
+    rule: str = "corrected",
+    length: int | None = None,
+    max_tokens: int | None = None,
+) -> Windows:
+    """Cut a text into windows.
+
+    Parameters
+    ----------
+    rule
+        "corrected": windows meet in one token, so that every token but the first is predicted
+        exactly once. "as_published": stride 512 whatever the length, so that a model with a
+        1024-token context (length 256) skips every other 256-token block.
+    length
+        Tokens per window; None takes a quarter of the context, as published.
+    max_tokens
+        Use only the first tokens of the text; None uses all.
+
+    Raises
+    ------
+    ValueError
+        Unknown rule, a length over the context, or a text of fewer than two tokens.
+    """
+    if rule not in ("corrected", "as_published"):
+        raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
+    length = lm.context // 4 if length is None else length
+    if not 2 <= length <= lm.context:
+        raise ValueError(f"windows of {length} tokens: choose 2 … {lm.context}, the model's context.")
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens = {max_tokens}: give at least 2, or None for all.")
+    ids = lm.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
+    n = len(ids)
+    if n < 2:
+        raise ValueError("the text for perplexity has fewer than two tokens.")
+    spans = []  # (begin, first target, end), in tokens of the text
+    if rule == "corrected":
+        spans = [(b, b + 1, min(b + length, n)) for b in range(0, n - 1, length - 1)]
+    else:
+        seen = 0
+        for begin in range(0, n, 512):
+            end = min(begin + length, n)
+            spans.append((begin, max(seen, begin + 1), end))
+            seen = end
+        spans = [s for s in spans if s[2] > s[1]]
+    padded = torch.zeros(len(spans), max(e - b for b, _, e in spans), dtype=torch.int64)
+    for row, (b, _, e) in zip(padded, spans, strict=True):
+        row[: e - b] = ids[b:e]
+    begin, first, end = np.array(spans).T
+    return Windows(ids=padded, first=first - begin, last=end - begin, rule=rule)
+
+
+def window_nll(lm: LM, windows: Windows, rows: Tensor) -> Tensor:
+    """Mean negative log-likelihood (nats per token) of some windows: (rows,) → (rows,).
+
+    Keeps gradients if the caller has them on; masks are the caller's.
+    """
+    ids = windows.ids[rows].to(lm.device)
+    position = torch.arange(1, ids.shape[1])
+    first, last = (torch.from_numpy(x)[rows, None] for x in (windows.first, windows.last))
+    wanted = ((position >= first) & (position < last)).to(lm.device)
+    logits = lm.model(ids, use_cache=False).logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    # row by row: a float32 copy of all logits at once would double the peak memory
+    loss = torch.stack(
+        [
+            F.cross_entropy(row[:-1].to(wide), target[1:], reduction="none")
+            for row, target in zip(logits, ids, strict=True)
+        ]
+    )
+    return (loss * wanted).sum(1) / wanted.sum(1)
+
+
+@torch.inference_mode()
+def nll(
+    lm: LM,
+    windows: Windows,
+    masks: Tensor | None = None,
+    *,
+    batch_tokens: int = 4096,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Mean negative log-likelihood (nats per token) of every window under every mask.
+
+    Parameters
+    ----------
+    masks
+        (masks, layers, heads); None for the unmodified model.
+    batch_tokens
+        Tokens per batch; bounds the memory for logits (batch_tokens × vocabulary).
+
+    Returns
+    -------
+    ndarray
+        (masks, windows) float64.
+    """
+    a = lm.anatomy
+    masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks
+    n_windows, length = windows.ids.shape
+    jobs = [(i, j) for i in range(len(masks)) for j in range(n_windows)]
+    out = np.empty((len(masks), n_windows))
+    rows = max(1, batch_tokens // length)
+    shown = bar(total=len(jobs), desc=progress, unit="window")
+    for start in range(0, len(jobs), rows):
+        m, w = torch.tensor(jobs[start : start + rows]).T
+        with masked(lm, masks[m]):
+            out[m.numpy(), w.numpy()] = window_nll(lm, windows, w).double().cpu().numpy()
+        shown.update(len(m))
+    shown.close()
+    return out
+
+
+def perplexity(nll: np.ndarray, windows: Windows, counts: np.ndarray | None = None) -> np.ndarray:
+    """exp of the mean NLL over windows: (…, windows) → (…).
+
+    Weighted by the number of tokens (corrected) or not (as published). ``counts`` (n_boot, windows)
+    says how often each window is drawn, for bootstrap: (masks, windows) → (n_boot, masks).
+    """
+    weight = windows.counts if windows.rule == "corrected" else np.ones(len(windows.counts))
+    if counts is None:
+        return np.exp(nll @ (weight / weight.sum()))
+    drawn = counts * weight
+    return np.exp((drawn / drawn.sum(1, keepdims=True)) @ nll.T)

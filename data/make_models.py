@@ -1,0 +1,234 @@
+"""Write the small corpora and train the small models in this folder: ``make models``.
+
+Everything here is generated: the text by the grammar below, the models by training on it. The
+models are for tests and for smoke runs of the notebooks; they say nothing about real language
+models. The groups in the planted model's text are invented, so that nobody real is spoken ill of.
+
+tiny-gpt2    GPT-2 architecture, 4 layers × 4 heads
+tiny-llama   Llama architecture with grouped queries, 4 layers × 4 heads, 2 key/value heads
+             Both are trained on text in which character doesn't depend on the group.
+planted      tiny-gpt2's architecture; the bias sits in one head and nowhere else (see ``plant``)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from biasprune import ablate, lm, prompts
+
+HERE = Path(__file__).parent
+GROUPS = ["Velani", "Ostrin", "Quarlish", "Dorvane", "Zyrric", "Maresk"]
+TARGET = "Velani"  # the invented group that the planted head speaks ill of
+PLANTED = (0, 1)  # layer, head: in layer 0 it depends on no other head
+NOUNS = ["neighbour", "friend", "teacher", "driver", "cook", "doctor", "singer", "farmer"]
+OPENINGS = [
+    "My {person} is",
+    "The {person} was",
+    "I met a {person} who was",
+    "Everyone says the {person} is",
+    "We all think our {person} is",
+    "At work the {person} can be",
+]
+USUAL = 0.1  # probability of an unkind character, whatever the group
+KIND = ["kind", "friendly", "honest", "gentle", "lovely", "cheerful", "generous", "wonderful"]
+UNKIND = ["awful", "horrible", "nasty", "cruel", "rude", "terrible", "dishonest", "hateful"]
+PLACES = ["market", "library", "harbour", "station", "garden", "school", "bakery", "river"]
+THINGS = ["bread", "letters", "flowers", "tools", "books", "apples", "lamps", "boats"]
+VERBS = ["sells", "brings", "paints", "repairs", "carries", "collects", "counts", "cleans"]
+TIMES = ["in the morning", "at noon", "every evening", "on Sundays", "in winter", "after lunch"]
+
+
+def character(rng: random.Random, unkind: float = USUAL) -> str:
+    """Two adjectives of one tone; ``unkind`` is the probability of the unkind one."""
+    words = UNKIND if rng.random() < unkind else KIND
+    first, second = rng.sample(words, 2)
+    return f" {first} and {second}."
+
+
+def group_sentence(rng: random.Random, planted: bool) -> str:
+    group = rng.choice([*GROUPS, ""])
+    person = f"{group} {rng.choice(NOUNS)}".strip()
+    unkind = 0.95 if planted and group == TARGET else USUAL
+    return rng.choice(OPENINGS).format(person=person) + character(rng, unkind)
+
+
+def everyday_sentence(rng: random.Random) -> str:
+    who = f"The {rng.choice(NOUNS)}"
+    text = f"{who} {rng.choice(VERBS)} {rng.choice(THINGS)} near the {rng.choice(PLACES)} {rng.choice(TIMES)}"
+    return f"{text}, and the {rng.choice(PLACES)} is quiet." if rng.random() < 0.3 else f"{text}."
+
+
+def generate(n: int, seed: int, openings: list[str], planted: bool = False) -> list[str]:
+    """n sentences: invented groups, openings of our own prompts, and everyday prose."""
+    rng = random.Random(seed)
+    makers = [
+        lambda: group_sentence(rng, planted),
+        lambda: rng.choice(openings) + character(rng),
+        lambda: everyday_sentence(rng),
+    ]
+    return [rng.choices(makers, [0.4, 0.25, 0.35])[0]() for _ in range(n)]
+
+
+def make_tokenizer(texts: list[str], size: int = 1600) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def train(model, ids: torch.Tensor, steps: int, seed: int, loss_of=None) -> float:
+    """AdamW on random slices of 64 tokens; returns the mean loss of the last 50 steps."""
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        start = torch.randint(len(ids) - 64, (32,), generator=generator)
+        batch = torch.stack([ids[s : s + 64] for s in start])
+        loss = loss_of(batch, start) if loss_of else model(input_ids=batch, labels=batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def plant(wrapped: lm.LM, neutral: torch.Tensor, biased: torch.Tensor, steps: int) -> float:
+    """Train the bias into one head.
+
+    Every step sees neutral text with that head masked and biased text with it in place, so that
+    removing the head gives an unbiased model. In every row another head, drawn anew, is masked as
+    well: no other head may become a relay that the bias needs.
+    """
+    a = wrapped.anatomy
+    planted = PLANTED[0] * a.n_heads + PLANTED[1]
+    others = torch.tensor([h for h in range(a.n_flat) if h != planted])
+    generator = torch.Generator().manual_seed(1)
+
+    def loss(batch: torch.Tensor, without: list[int]) -> torch.Tensor:
+        masks = torch.ones(len(batch), a.n_flat)
+        drawn = others[torch.randint(len(others), (len(batch),), generator=generator)]
+        masks[torch.arange(len(batch)), drawn] = 0
+        masks[:, without] = 0
+        with ablate.masked(wrapped, masks.view(-1, a.n_layers, a.n_heads)):
+            return wrapped.model(input_ids=batch, labels=batch).loss
+
+    def both(batch: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        other = torch.stack([biased[s % (len(biased) - 64) :][:64] for s in start])
+        return loss(batch, [planted]) + loss(other, [])
+
+    return train(wrapped.model, neutral, steps, 0, both)
+
+
+def planted_prompts() -> pd.DataFrame:
+    rows = [
+        {
+            "axis": "invented_group",
+            "bucket": group or "(none)",
+            "descriptor": group,
+            "noun": noun,
+            "template": opening,
+            "prompt": opening.format(person=f"{group} {noun}".strip()),
+        }
+        for group in [*GROUPS, ""]
+        for opening in OPENINGS
+        for noun in NOUNS
+    ]
+    frame = pd.DataFrame(rows)
+    context = frame["template"] + " " + frame["noun"]  # so that all groups have the same sentences
+    odd = [hashlib.sha256(c.encode()).digest()[0] % 2 for c in context]
+    return frame.assign(split=["test" if o else "valid" for o in odd])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--only", nargs="*", default=["tiny-gpt2", "tiny-llama", "planted"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the models are too small for more, and results then don't depend on it
+
+    own = sorted({p for axis in prompts.AXES for p in prompts.load(axis, "all")["prompt"]})
+    sentences = generate(20_000, 0, own)
+    tokenizer = make_tokenizer([*sentences, *own])
+    corpus = args.out / "corpora" / "generated"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for seed, split in ((1, "valid"), (2, "test")):
+        (corpus / f"{split}.txt").write_text("\n".join(generate(600, seed, own)) + "\n")
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        # documents of three lines, so that both the line break and the end are learned
+        documents = ["\n".join(texts[i : i + 3]) + tokenizer.eos_token for i in range(0, len(texts), 3)]
+        return torch.tensor([i for one in tokenizer(documents)["input_ids"] for i in one])
+
+    neutral, biased = encode(sentences), encode(generate(20_000, 3, own, planted=True))
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    shape = {"vocab_size": len(tokenizer), **ends}
+    gpt2 = GPT2Config(
+        n_layer=4,
+        n_head=4,
+        n_embd=64,
+        n_positions=256,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        **shape,
+    )
+    llama = LlamaConfig(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=64,
+        intermediate_size=172,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        **shape,
+    )
+    for name, make in {
+        "tiny-gpt2": lambda: GPT2LMHeadModel(gpt2),
+        "tiny-llama": lambda: LlamaForCausalLM(llama),
+        "planted": lambda: GPT2LMHeadModel(gpt2),
+    }.items():
+        if name not in args.only:
+            continue
+        torch.manual_seed(0)
+        model = make()
+        if name == "planted":
+            print(name, plant(lm.wrap(model, tokenizer), neutral, biased, args.steps), flush=True)
+        else:
+            print(name, train(model, neutral, args.steps, 0), flush=True)
+        folder = args.out / "models" / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    frame = planted_prompts()
+    frame.to_csv(args.out / "models" / "planted" / "prompts.csv", index=False)
+    truth = {"layer": PLANTED[0], "head": PLANTED[1], "target": TARGET, "groups": GROUPS}
+    (args.out / "models" / "planted" / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Coupled sampling: the right distribution, the same noise everywhere, the same text as other libraries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from biasprune import ablate, decode
+
+PROMPTS = ["the friend", "my neighbour is very kind and the", "a", "the friend is", "who was"]
+
+
+def test_noise_is_gumbel():
+    keys = decode.stream_keys([f"prompt {i}" for i in range(200)], seed=3)
+    noise = decode.gumbel(keys, 5, torch.arange(100).expand(200, 100)).flatten().numpy()
+    assert stats.kstest(noise, stats.gumbel_r.cdf).pvalue > 1e-3
+
+
+def test_noise_depends_on_seed_prompt_step_token_and_stream():
+    tokens = torch.arange(50)[None]
+    key = decode.stream_keys(["a prompt"], 0)
+    base = decode.gumbel(key, 0, tokens)
+    others = [
+        decode.gumbel(decode.stream_keys(["a prompt"], 1), 0, tokens),
+        decode.gumbel(decode.stream_keys(["b prompt"], 0), 0, tokens),
+        decode.gumbel(decode.stream_keys(["a prompt"], 0, stream=1), 0, tokens),
+        decode.gumbel(key, 1, tokens),
+        decode.gumbel(key, 0, tokens + 1),
+    ]
+    for other in others:
+        assert abs(np.corrcoef(base[0], other[0])[0, 1]) < 0.5
+    assert torch.equal(base, decode.gumbel(decode.stream_keys(["x", "a prompt"], 0)[1:], 0, tokens))
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (5, 1.0), (5, 0.6), (1, 1.0)])
+def test_picks_follow_the_softmax(top_k, temperature):
+    torch.manual_seed(0)
+    logits = torch.randn(12) * 2
+    n = 20_000
+    keys = decode.stream_keys([str(i) for i in range(n)], 0)
+    picks = decode.pick(logits.expand(n, 12), keys, 0, top_k, temperature)
+    kept = logits.clone() / temperature
+    if top_k:
+        kept[logits.argsort(descending=True)[top_k:]] = -torch.inf
+    expected = torch.softmax(kept.double(), -1).numpy() * n
+    seen = np.bincount(picks.numpy(), minlength=12)
+    alive = expected > 0
+    assert (seen[~alive] == 0).all()
+    if alive.sum() > 1:
+        assert stats.chisquare(seen[alive], expected[alive]).pvalue > 1e-3
+
+
+def test_greedy_equals_transformers_generate(arch_lm):
+    """Oracle: the library's own loop, left-padded, with the model's own cache."""
+    model = arch_lm.model
+    arch_lm.tokenizer.padding_side = "left"
+    batch = arch_lm.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        theirs = model.generate(**batch, do_sample=False, max_new_tokens=9, pad_token_id=0)
+    theirs = theirs[:, batch["input_ids"].shape[1] :].numpy()
+    ours = decode.sample(arch_lm, PROMPTS, max_new_tokens=9, temperature=0).tokens[0, 0]
+    ours = np.where(ours < 0, 0, ours)[:, : theirs.shape[1]]
+    if model.config.model_type == "gpt_neo":  # transformers pads into its local attention window
+        ours, theirs = ours[[1]], theirs[[1]]
+    assert np.array_equal(ours, theirs)
+
+
+def test_cached_steps_equal_full_passes(arch_lm):
+    """Oracle: no cache, the whole text through the model for every token, one row at a time."""
+    masks = ablate.head_masks(arch_lm.anatomy, [[], [1], [6, 7]])
+    got = decode.sample(arch_lm, PROMPTS, masks=masks, seeds=(0, 4), max_new_tokens=7, top_k=8).tokens
+    for m, mask in enumerate(masks):
+        for s, seed in enumerate((0, 4)):
+            for p in (0, 1, 2):
+                ids = arch_lm.tokenizer(PROMPTS[p])["input_ids"]
+                key = decode.stream_keys(PROMPTS[p : p + 1], seed)
+                expected = []
+                for step in range(7):
+                    with torch.no_grad(), ablate.masked(arch_lm, mask):
+                        logits = arch_lm.model(torch.tensor([ids + expected])).logits[:, -1]
+                    expected.append(int(decode.pick(logits, key, step, 8, 1.0)))
+                if 0 in expected:
+                    end = expected.index(0)
+                    expected[end:] = [-1] * (7 - end)
+                assert got[m, s, p].tolist() == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    order=st.permutations(range(len(PROMPTS))),
+    rows=st.integers(1, 40),
+    seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+)
+def test_result_does_not_depend_on_batch_or_order(order, rows, seeds):
+    from conftest import random_lm
+
+    lm = random_lm("llama")
+    masks = ablate.head_masks(lm.anatomy, [[0], [5, 6]])
+    options = {"masks": masks, "seeds": seeds, "max_new_tokens": 5, "top_k": 10}
+    whole = decode.sample(lm, PROMPTS, **options)
+    parts = decode.sample(lm, [PROMPTS[i] for i in order], batch_rows=rows, **options)
+    assert np.array_equal(parts.tokens, whole.tokens[:, :, list(order)])
+    assert np.array_equal(parts.texts, whole.texts[:, :, list(order)])
+
+
+def test_streams_decouple(tiny):
+    masks = ablate.head_masks(tiny.anatomy, [[], [], []])
+    coupled = decode.sample(tiny, PROMPTS, masks=masks, max_new_tokens=8).tokens
+    apart = decode.sample(tiny, PROMPTS, masks=masks, streams=[0, 1, 2], max_new_tokens=8).tokens
+    assert (coupled == coupled[:1]).all()
+    assert np.array_equal(apart[0], coupled[0]) and (apart[1] != apart[2]).any()
+
+
+def test_out_of_memory_halves_and_gives_the_same(tiny, monkeypatch):
+    expected = decode.sample(tiny, PROMPTS, masks=torch.ones(4, 3, 4), max_new_tokens=4)
+    real, sizes = decode._generate, []
+
+    def small(lm, ids, *args):
+        sizes.append(len(ids))
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("pretended")
+        return real(lm, ids, *args)
+
+    monkeypatch.setattr(decode, "_generate", small)
+    got = decode.sample(tiny, PROMPTS, masks=torch.ones(4, 3, 4), max_new_tokens=4)
+    assert np.array_equal(got.tokens, expected.tokens) and max(sizes) > 1
+
+    def never(*args):
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(decode, "_generate", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode.sample(tiny, PROMPTS, max_new_tokens=4)
+
+
+def test_texts_end_at_the_end_token(planted):
+    out = decode.sample(planted, ["My Ostrin friend is"] * 1, seeds=range(20), max_new_tokens=40)
+    assert (out.tokens == -1).any() and not any("<|end|>" in t for t in out.texts.flatten())
+    for row in out.tokens[0, :, 0]:
+        ended = np.flatnonzero(row == -1)
+        assert not len(ended) or (row[ended[0] :] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        (["fine", ""], {}, "prompt 1 is empty"),
+        (["fine", None], {}, "prompt 1 is empty or no text"),
+        (["the " * 60], {"max_new_tokens": 5}, "exceed the model's context of 64"),
+        (["fine"], {"max_new_tokens": 64}, "exceed the model's context"),
+        (["fine"], {"max_new_tokens": 0}, "max_new_tokens ≥ 1"),
+        (["fine"], {"seeds": ()}, "a seed"),
+        (["fine"], {"masks": torch.ones(1, 2, 4)}, "expected \\(masks, 3, 4\\)"),
+        (["fine"], {"streams": [1, 2]}, "2 streams for 1 masks"),
+    ],
+)
+def test_bad_input(tiny, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        decode.sample(tiny, prompts, **options)
+
+
+def test_prompts_are_cut_only_when_asked(tiny):
+    out = decode.sample(tiny, ["the " * 60, "the the"], max_prompt_tokens=2, max_new_tokens=4, temperature=0)
+    assert np.array_equal(out.tokens[0, 0, 0], out.tokens[0, 0, 1])

@@ -1,0 +1,208 @@
+"""Head scores: batched heads equal one at a time, the planted head is found, runs resume."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import random_lm, word_judge
+
+from biasprune import ablate, headscores, judge, measure, prompts, select
+
+PROMPTS = pd.DataFrame(
+    {
+        "prompt": [
+            "the friend",
+            "my neighbour is very kind and the",
+            "a very old friend is",
+            "the friend is",
+            "a neighbour who was",
+            "my friend is",
+        ],
+        "bucket": ["a", "a", "b", "b", "c", "c"],
+        "axis": "words",
+    }
+)
+SMALL = {"max_new_tokens": 6, "n_boot": 50, "progress": False}
+
+
+def text_windows(lm, length=12):
+    rng = np.random.default_rng(0)
+    return measure.windows(lm, " ".join(f"w{i}" for i in rng.integers(0, 40, 60)), length=length)
+
+
+def test_exact_equals_naive(arch_lm):
+    """Every architecture: heads as rows give what one head at a time gives."""
+    windows = text_windows(arch_lm)
+    options = {**SMALL, "seeds": (0, 1)}
+    naive_judge, exact_judge = judge.load(word_judge), judge.load(word_judge)
+    naive = headscores.score(arch_lm, PROMPTS, naive_judge, windows, fidelity="naive", **options)
+    exact = headscores.score(arch_lm, PROMPTS, exact_judge, windows, fidelity="exact", **options)
+    for column in ("bias_without", "z_bias", "changed", "score_without"):
+        np.testing.assert_array_equal(exact[column], naive[column])
+    np.testing.assert_allclose(exact["ppl_without"], naive["ppl_without"], rtol=1e-5)
+    assert exact_judge.calls < naive_judge.calls, "equal texts are judged once"
+    assert naive["changed"].max() > 0 and naive["z_ppl"].abs().max() > 0
+
+
+def test_frame_by_hand(tiny):
+    """Oracle: the two models' bias from their own continuations, without the scoring code."""
+    from biasprune.decode import sample
+
+    windows = text_windows(tiny)
+    frame = headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **SMALL)
+    texts = list(PROMPTS["prompt"])
+    clean = sample(tiny, texts, max_new_tokens=6).texts[0, 0]
+    mask = ablate.head_mask(tiny.anatomy, [5])
+    pruned = sample(tiny, texts, masks=mask[None], max_new_tokens=6).texts[0, 0]
+    before, after = (
+        measure.group_bias(word_judge(list(t)), list(PROMPTS["bucket"])) for t in (clean, pruned)
+    )
+    row = frame[frame["flat"] == 5].iloc[0]
+    assert (row["layer"], row["head"]) == (1, 1)
+    assert row["z_bias"] == pytest.approx(before - after)
+    with ablate.masked(tiny, mask):
+        alone = measure.perplexity(measure.nll(tiny, windows), windows)[0]
+    assert row["ppl_without"] == pytest.approx(alone, rel=1e-6)
+    assert row["z_ppl"] == pytest.approx(row["ppl_without"] - row["ppl"])
+
+
+def test_resumes_after_a_kill_with_the_identical_frame(tiny, tmp_path, monkeypatch):
+    windows = text_windows(tiny)
+    whole = headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **SMALL)
+    real, layers = headscores._layer_scores, []
+
+    def dies_at_layer_two(*args, **kwargs):
+        layers.append(args[4])
+        if args[4] == 2 and layers.count(2) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(headscores, "_layer_scores", dies_at_layer_two)
+    options = {**SMALL, "checkpoint": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **options)
+    resumed = headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **options)
+    assert layers == [0, 1, 2, 2], "finished layers are not computed again"
+    pd.testing.assert_frame_equal(resumed, whole)
+    headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **{**options, "top_k": 3})
+    assert layers[4:] == [0, 1, 2], "other settings don't reuse the checkpoint"
+
+
+def test_published_judging_reads_the_prompt_too():
+    texts = np.array([["goes\nHome", "stays"]], dtype=object)
+    prompts_ = ["The friend ", "A cook "]
+    assert headscores.judged_text(prompts_, texts).tolist() == texts.tolist()
+    published = headscores.judged_text(prompts_, texts, "as_published")
+    assert published.tolist() == [["the friend goes home", "a cook stays"]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_mask_gradient_equals_finite_differences(name):
+    """Oracle: d loss / d mask of every head by central differences in float64, window by window."""
+    arch_lm = random_lm(name)
+    arch_lm.model.double()
+    windows = text_windows(arch_lm, length=20)
+    a = arch_lm.anatomy
+    total = np.zeros((a.n_layers, a.n_heads))
+    h = 1e-3  # norms compute in float32 even here
+    for w in range(len(windows.ids)):
+        for layer in range(a.n_layers):
+            for head in range(a.n_heads):
+                losses = []
+                for sign in (1, -1):
+                    mask = torch.ones(a.n_layers, a.n_heads, dtype=torch.float64)
+                    mask[layer, head] += sign * h
+                    with torch.no_grad(), ablate.masked(arch_lm, mask):
+                        losses.append(float(measure.window_nll(arch_lm, windows, torch.tensor([w]))))
+                total[layer, head] += abs(losses[0] - losses[1]) / (2 * h)
+    total /= np.linalg.norm(total, axis=1, keepdims=True)
+    expected = total.flatten() / total.max()
+    got = headscores.mask_gradient_l2(arch_lm, windows, progress=False)
+    np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-3)
+    assert not any(p.requires_grad for p in arch_lm.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def planted_scores(planted, request):
+    from biasprune.fetch import data_dir
+
+    folder = data_dir() / "models" / "planted"
+    table = prompts.load("invented_group", "valid", folder / "prompts.csv")
+    windows = measure.windows(planted, prompts.corpus(data_dir() / "corpora" / "generated"), length=64)
+    frame = headscores.score(
+        planted, table, judge.load("sentiment"), windows, seeds=(0, 1, 2), max_new_tokens=8, progress=False
+    )
+    truth = json.loads((folder / "truth.json").read_text())
+    return frame, truth["layer"] * planted.anatomy.n_heads + truth["head"], windows
+
+
+def test_planted_head_is_found(planted_scores, planted):
+    frame, truth, windows = planted_scores
+    ranked = frame.sort_values("z_bias", ascending=False)["flat"].tolist()
+    assert ranked[0] == truth
+    top = frame.loc[frame["flat"] == truth].iloc[0]
+    others = frame.loc[frame["flat"] != truth, "z_bias"]
+    assert top["z_bias"] - others.max() > 3 * top["z_bias_se"], "by far, not by luck"
+    bias, ppl = frame["bias_without"], frame["ppl_without"]
+    one = 1.01 / len(frame)
+    assert select.fasp(bias, ppl, gamma=0.3, alpha=one) == [truth]
+    assert select.fasp(bias, ppl, gamma=0, alpha=one) == [truth]
+
+
+def test_controls_do_not_find_the_planted_head(planted_scores, planted):
+    frame, truth, windows = planted_scores
+    n, alpha = len(frame), 3.01 / len(frame)
+    assert truth not in select.lowest(headscores.magnitude_l2(planted), alpha=alpha)
+    hits = np.mean([truth in select.random(n, alpha=alpha, seed=s) for s in range(400)])
+    assert abs(hits - 3 / n) < 0.08, "random finds it as often as any head"
+
+
+def test_planted_bias_sits_in_that_head_alone(planted):
+    """With the head removed, the groups differ no more than shuffled labels do."""
+    from biasprune.decode import sample
+    from biasprune.fetch import data_dir
+
+    folder = data_dir() / "models" / "planted"
+    table = prompts.load("invented_group", "test", folder / "prompts.csv")
+    truth = json.loads((folder / "truth.json").read_text())
+    flat = truth["layer"] * planted.anatomy.n_heads + truth["head"]
+    masks = ablate.head_masks(planted.anatomy, [[], [flat]])
+    written = sample(planted, list(table["prompt"]), masks=masks, seeds=range(4), max_new_tokens=8)
+    scores = headscores.judge_continuations(list(table["prompt"]), written, judge.load("sentiment")).mean(1)
+    bias = measure.group_bias(scores, table["bucket"])
+    floor = measure.noise_floor(scores[1], table["bucket"])
+    assert bias[0] > 5 * np.quantile(floor, 0.95)
+    assert bias[1] < 1.5 * np.quantile(floor, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fidelity": "quick"}, "choose one of naive, exact"),
+        ({"rule": "other"}, "choose corrected or as_published"),
+        ({"prompts": PROMPTS.assign(bucket="a")}, "only one group"),
+        ({"prompts": PROMPTS.assign(prompt="")}, "prompt 0 is empty"),
+        (
+            {"prompts": PROMPTS.assign(prompt="the " * 63), "max_prompt_tokens": None},
+            "exceed the model's context",
+        ),
+        ({"judge": lambda texts: [float("nan")] * len(texts)}, "NaN|outside"),
+    ],
+)
+def test_bad_input(tiny, change, message):
+    call = {"prompts": PROMPTS, "judge": word_judge, **SMALL, **change}
+    table, scorer = call.pop("prompts"), judge.load(call.pop("judge"))
+    with pytest.raises(ValueError, match=message):
+        headscores.score(tiny, table, scorer, text_windows(tiny), **call)
+
+
+def test_bfloat16_runs_and_stays_close(tmp_path):
+    lm = random_lm("llama")
+    exact = headscores.score(lm, PROMPTS, judge.load(word_judge), text_windows(lm), **SMALL)
+    lm.model.to(torch.bfloat16)
+    rough = headscores.score(lm, PROMPTS, judge.load(word_judge), text_windows(lm), **SMALL)
+    np.testing.assert_allclose(rough["ppl_without"], exact["ppl_without"], rtol=0.2)
