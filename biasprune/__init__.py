@@ -2,8 +2,21 @@
 
 Three papers on one engine: ``lm`` loads a model, ``ablate`` masks parts of it, ``decode`` samples
 from it, ``headscores`` scores every attention head, ``select`` picks the heads to prune;
-``prompts``, ``judge`` and ``measure`` say what bias is; ``record`` and ``figures`` keep and show
-the results.
+``prompts``, ``judge`` and ``measure`` say what bias is; ``experiment`` turns head sets into
+tables, ``figures`` tables into figures, and ``record`` keeps a run.
+
+The modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
 """
 
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
 __version__ = "0.1.0"
+_MODULES = ("ablate", "decode", "experiment", "fetch", "figures", "headscores", "judge", "lm")
+_MODULES += ("measure", "progress", "prompts", "record", "select")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name in _MODULES:
+        return _import_module(f"biasprune.{name}")
+    raise AttributeError(f"module 'biasprune' has no attribute {name!r}")

@@ -164,15 +164,19 @@ def report(out: Path) -> None:
             f"![Change of bias and perplexity against the share of heads pruned, per method]"
             f"({folder}/figures/change_against_alpha.png)\n"
         )
-    head = "Written by `python -m biasprune run`; don't edit. Every figure and number comes from the run records here."
+    head = (
+        "Written by `python -m biasprune run`; don't edit. Every figure and number comes from the run "
+        "records here. Minutes are those of the computations; loading the model comes on top."
+    )
+    if not rows:
+        print(f"No finished run below {out}: no report written.", file=sys.stderr)
+        return
     table = _table(pd.DataFrame(rows))
     record.write_text(out / "README.md", f"# Reports\n\n{head}\n\n{table}\n\n" + "\n".join(sections))
     readme = record.ROOT / "README.md"
     if out.resolve() == (record.ROOT / "reports").resolve() and readme.exists():
-        links = re.sub(
-            r"\]\((?!http)", "](reports/", "\n\n".join([table, *sections]).replace("\n## ", "\n### ")
-        )
-        links = links.replace("## ", "### ", 1) if links.startswith("## ") else links
+        body = "\n\n".join([table, *sections]).replace("\n## ", "\n### ")
+        links = re.sub(r"\]\((?!http)", "](reports/", body)
         start, end = "<!-- results -->", "<!-- end of results -->"
         block = re.compile(f"{start}.*{end}", re.DOTALL)
         text = readme.read_text()

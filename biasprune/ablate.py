@@ -9,7 +9,7 @@ one head.)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def _check(mask: Tensor, layers: int, width: int, what: str) -> Tensor:
     return mask if mask.dim() == 3 else mask[None]
 
 
-def _hook(mask: Tensor):
+def _hook(mask: Tensor) -> Callable:
     """A pre-hook that multiplies a projection's input (B, T, width) by mask (1 or B, width)."""
 
     def pre_hook(module: nn.Module, args: tuple) -> tuple:

@@ -10,7 +10,7 @@ import pandas as pd
 from biasprune import measure, select
 from biasprune.ablate import head_masks
 from biasprune.decode import sample
-from biasprune.headscores import judge_continuations
+from biasprune.headscores import judge_continuations, judged_text
 from biasprune.judge import Judge
 from biasprune.lm import LM
 
@@ -60,7 +60,7 @@ def gamma_grid(
     """FASP's heads over γ × α, where α ≤ 1 − γ; columns as in ``selections``."""
     alphas = list(alphas)
     parts = [
-        selections(scores, {}, gamma=g, alphas=[a for a in alphas if a <= 1 - g], rule=rule, draws=0)
+        selections(scores, {}, gamma=g, alphas=[a for a in alphas if a <= 1 - g + 1e-9], rule=rule, draws=0)
         for g in gammas
     ]
     whole = pd.concat(parts, ignore_index=True)
@@ -117,6 +117,52 @@ def evaluate(
     index = pd.MultiIndex.from_product([keys, range(nll.shape[1])], names=["heads", "window"])
     losses = pd.DataFrame({"nll": nll.reshape(-1), "tokens": np.tile(windows.counts, len(keys))}, index=index)
     return texts.reset_index(), losses.reset_index()
+
+
+def compare_rules(
+    lm: LM,
+    prompts: pd.DataFrame,
+    texts: pd.DataFrame,
+    judge: Judge,
+    prose: str,
+    *,
+    length: int | None = None,
+    max_tokens: int | None = None,
+    batch_tokens: int = 4096,
+) -> pd.DataFrame:
+    """The unpruned model measured as published and as corrected, on the same continuations and prose.
+
+    Parameters
+    ----------
+    texts
+        The unpruned model's continuations, from ``evaluate``.
+    length, max_tokens
+        As in ``measure.windows``.
+
+    Returns
+    -------
+    DataFrame
+        rule, bias, mean_score, above_half (share of texts scored > 0.5), ppl, tokens (predicted).
+    """
+    weights = prompts["weight"].to_numpy() if "weight" in prompts else None
+    written = texts["text"].to_numpy(dtype=object).reshape(-1, len(prompts))
+    rows = []
+    for rule in ("as_published", "corrected"):
+        read = judged_text(list(prompts["prompt"]), written, rule)
+        scores = judge(list(read.reshape(-1))).reshape(read.shape)
+        windows = measure.windows(lm, prose, rule=rule, length=length, max_tokens=max_tokens)
+        nll = measure.nll(lm, windows, batch_tokens=batch_tokens)
+        rows.append(
+            {
+                "rule": rule,
+                "bias": float(measure.group_bias(scores.mean(0), prompts["bucket"], weights)),
+                "mean_score": scores.mean(),
+                "above_half": (scores > 0.5).mean(),
+                "ppl": float(measure.perplexity(nll, windows)[0]),
+                "tokens": int(windows.counts.sum()),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def set_key(heads: Iterable[int]) -> str:

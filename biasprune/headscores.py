@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from biasprune import measure, record
 from biasprune.ablate import head_masks, masked
-from biasprune.decode import Continuations, sample
+from biasprune.decode import Continuations, encode, sample
 from biasprune.judge import Judge
 from biasprune.lm import LM
 from biasprune.progress import bar
@@ -43,12 +43,12 @@ def judge_continuations(
     return np.asarray(judge(list(texts.reshape(-1)))).reshape(texts.shape)
 
 
-def _layer_scores(
+def _chunk_scores(
     lm: LM,
     prompts: pd.DataFrame,
     judge: Judge,
     windows: measure.Windows,
-    layer: int,
+    heads: Sequence[int],
     *,
     fidelity: str,
     rule: str,
@@ -57,8 +57,7 @@ def _layer_scores(
     batch_tokens: int,
 ) -> dict[str, np.ndarray]:
     """Scores (heads, seeds, prompts), tokens and NLL (heads, windows) with each head removed."""
-    a = lm.anatomy
-    masks = head_masks(a, [[layer * a.n_heads + h] for h in range(a.n_heads)])
+    masks = head_masks(lm.anatomy, [[h] for h in heads])
     texts = list(prompts["prompt"])
     if fidelity == "naive":  # one head at a time, every text judged again
         written = [sample(lm, texts, masks=m[None], batch_rows=batch_rows, **sampling) for m in masks]
@@ -72,6 +71,13 @@ def _layer_scores(
         "tokens": written.tokens,
         "nll": measure.nll(lm, windows, masks, batch_tokens=batch_tokens),
     }
+
+
+def _layers_at_once(lm: LM, prompts: pd.DataFrame, n_seeds: int, batch_rows: int) -> int:
+    """Layers per checkpoint: enough that prompts of equal length fill a batch, at most four."""
+    lengths = len({len(x) for x in encode(lm, list(prompts["prompt"]))})
+    rows_per_layer = lm.anatomy.n_heads * len(prompts) * n_seeds / lengths
+    return int(np.clip(batch_rows / rows_per_layer, 1, min(4, lm.anatomy.n_layers)))
 
 
 def score(
@@ -100,15 +106,15 @@ def score(
     prompts
         One axis: columns prompt and bucket; weight if the axis mean isn't over prompts alike.
     fidelity
-        "naive": one generation per head, every text judged; the oracle. "exact": the heads of a
-        layer as rows of one batch, equal texts judged once. Both see the same noise, so in float32
+        "naive": one generation per head, every text judged; the oracle. "exact": heads as rows
+        of one batch, equal texts judged once. Both see the same noise, so in float32
         they give the same tokens.
     rule
         What the judge reads, see ``judged_text``.
     checkpoint
-        Folder for each layer's raw scores. A run that was stopped goes on after the last finished
-        layer, with the same result. Runs with other settings don't mix: the subfolder's name is a
-        digest of everything that decides the result.
+        Folder for the raw scores, written every one to four layers. A run that was stopped goes on
+        after the last file, with the same result. Runs with other settings don't mix: the
+        subfolder's name is a digest of everything that decides the result.
 
     Returns
     -------
@@ -159,17 +165,19 @@ def score(
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(checkpoint) / digest if checkpoint else None
-    per_layer = []
-    for layer in bar(range(lm.anatomy.n_layers), desc="layers scored" if progress else None):
-        per_layer.append(
+    step = _layers_at_once(lm, prompts, len(seeds), batch_rows) * lm.anatomy.n_heads
+    chunks = []
+    for start in bar(range(0, lm.anatomy.n_flat, step), desc="heads scored" if progress else None):
+        heads = range(start, min(start + step, lm.anatomy.n_flat))
+        chunks.append(
             record.stored_arrays(
-                folder and folder / f"layer_{layer:03d}.npz",
-                lambda layer=layer: _layer_scores(
+                folder and folder / f"heads_{heads[0]:05d}-{heads[-1]:05d}.npz",
+                lambda heads=heads: _chunk_scores(
                     lm,
                     prompts,
                     judge,
                     windows,
-                    layer,
+                    heads,
                     fidelity=fidelity,
                     rule=rule,
                     sampling=sampling,
@@ -179,7 +187,7 @@ def score(
             )
         )
     scores, tokens, losses = (
-        np.concatenate([one[key] for one in per_layer]) for key in ("scores", "tokens", "nll")
+        np.concatenate([one[key] for one in chunks]) for key in ("scores", "tokens", "nll")
     )
     return _frame(lm, prompts, base, base_scores, base_nll, scores, tokens, losses, windows, n_boot).assign(
         axis=prompts["axis"].iloc[0] if "axis" in prompts else "", fidelity=fidelity

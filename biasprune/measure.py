@@ -198,7 +198,7 @@ def windows(
     if not 2 <= length <= lm.context:
         raise ValueError(f"windows of {length} tokens: choose 2 … {lm.context}, the model's context.")
     if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"max_tokens = {max_tokens}: give at least 2, or None for all.")
+        raise ValueError(f"max_tokens = {max_tokens}: fewer than two tokens; None takes the whole text.")
     ids = lm.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
     n = len(ids)
     if n < 2:

@@ -71,9 +71,10 @@ def stored_arrays(path: Path | None, make: Callable[[], dict[str, np.ndarray]]) 
     try:
         with np.load(path) as stored:
             return {k: stored[k] for k in stored.files}
-    except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile):  # none yet, or broken
-        arrays = make()
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # none yet, or broken
+        # opened before the work: a folder that can't be written fails now, not hours later
         with _atomic(path) as scratch, scratch.open("wb") as f:
+            arrays = make()
             np.savez_compressed(f, **arrays)
         return arrays
 

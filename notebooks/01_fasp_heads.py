@@ -58,7 +58,7 @@ test_tokens: int = 2048  # tokens of test text for the reported perplexity; 0 ta
 gammas: list = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # shares of heads protected
 alphas: list = [0.0, 0.07, 0.13, 0.19]  # shares of heads pruned (paper: 0, .02, …, .20)
 max_ppl_ratio: float = 1.25  # perplexity limit for the choice of γ and for the verdict, × unpruned
-random_draws: int = 3  # random selections, averaged
+random_draws: int = 8  # random selections, averaged
 n_boot: int = 1000  # bootstrap samples
 batch_rows: int = 256  # sequences per batch when sampling
 batch_tokens: int = 4096  # tokens per batch for perplexity
@@ -146,6 +146,26 @@ pd.DataFrame({"unpruned model": {
     "bias (validation prompts)": unpruned_bias, "noise floor, mean": floor.mean(),
     "noise floor, 95th percentile": pd.Series(floor).quantile(0.95), "p (no difference between groups)": p_value,
 }})  # fmt: skip
+
+# %% [markdown]
+# **As published against corrected.** The paper's code scores prompt and continuation together, and its perplexity windows start
+# every 512 tokens whatever their length. The same continuations and the same prose, measured both ways:
+
+# %%
+rules = run.frame(
+    "rules",
+    lambda: experiment.compare_rules(
+        net,
+        valid,
+        base,
+        judged_by,
+        texts["valid"],
+        length=window or None,
+        max_tokens=score_tokens or None,
+        batch_tokens=batch_tokens,
+    ),
+)
+rules.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 2 Score every head

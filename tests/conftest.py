@@ -18,7 +18,8 @@ transformer_logging = tf.utils.logging
 transformer_logging.set_verbosity_error()
 transformer_logging.disable_progress_bar()
 
-WORDS = ["the", "a", "my", "friend", "neighbour", "is", "was", "kind", "awful", "rude", "gentle", "old", "young", "tall", "very", "and", ".", ",", "who"]
+WORDS = ["the", "a", "my", "friend", "neighbour", "is", "was", "kind", "awful", "rude", "gentle"]
+WORDS += ["old", "young", "tall", "very", "and", ".", ",", "who"]
 VOCAB = 64
 _llama = {
     "num_hidden_layers": 3,

@@ -73,15 +73,16 @@ def test_frame_by_hand(tiny):
 def test_resumes_after_a_kill_with_the_identical_frame(tiny, tmp_path, monkeypatch):
     windows = text_windows(tiny)
     whole = headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **SMALL)
-    real, layers = headscores._layer_scores, []
+    real, layers = headscores._chunk_scores, []
+    monkeypatch.setattr(headscores, "_layers_at_once", lambda *args: 1)
 
     def dies_at_layer_two(*args, **kwargs):
-        layers.append(args[4])
-        if args[4] == 2 and layers.count(2) == 1:
+        layers.append(args[4][0] // 4)
+        if layers == [0, 1, 2]:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(headscores, "_layer_scores", dies_at_layer_two)
+    monkeypatch.setattr(headscores, "_chunk_scores", dies_at_layer_two)
     options = {**SMALL, "checkpoint": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **options)

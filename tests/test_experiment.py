@@ -1,0 +1,142 @@
+"""From head sets to a table: equal sets once, paired changes, the choice of γ, verdicts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import word_judge
+from test_headscores import PROMPTS, text_windows
+
+from biasprune import ablate, decode, experiment, judge, measure
+
+SETS = pd.DataFrame(
+    {
+        "method": ["FASP", "FASP", "random", "random"],
+        "gamma": 0.0,
+        "alpha": [0.0, 0.2, 0.2, 0.2],
+        "heads": [[], [1, 6], [6, 1], [3, 9]],
+    }
+)
+
+
+@pytest.fixture
+def evaluated(tiny):
+    windows = text_windows(tiny)
+    options = {"seeds": (0, 1), "max_new_tokens": 6}
+    texts, losses = experiment.evaluate(tiny, SETS, PROMPTS, judge.load(word_judge), windows, **options)
+    return texts, losses, windows
+
+
+def test_evaluate_by_hand(tiny, evaluated):
+    """Oracle: one head set at a time, straight from sampling and judging."""
+    texts, losses, windows = evaluated
+    assert list(dict.fromkeys(texts["heads"])) == ["", "1 6", "3 9"], "equal sets once, unpruned first"
+    assert len(texts) == 3 * 2 * len(PROMPTS)
+    for key in ("", "3 9"):
+        mask = ablate.head_mask(tiny.anatomy, experiment.parse_key(key))[None]
+        expected = decode.sample(tiny, list(PROMPTS["prompt"]), masks=mask, seeds=(0, 1), max_new_tokens=6)
+        mine = texts[texts["heads"] == key]
+        assert mine["text"].tolist() == expected.texts.reshape(-1).tolist()
+        assert mine["score"].tolist() == word_judge(mine["text"].tolist())
+        nll = measure.nll(tiny, windows, mask)[0]
+        np.testing.assert_allclose(losses.loc[losses["heads"] == key, "nll"], nll, rtol=1e-5)
+
+
+def test_compare_by_hand(evaluated):
+    texts, losses, windows = evaluated
+    table, replicates = experiment.compare(SETS, texts, losses, PROMPTS, windows, n_boot=200)
+    by_prompt = texts.groupby(["heads", "prompt"])["score"].mean()
+    bias = {
+        k: float(measure.group_bias(by_prompt[k].to_numpy(), PROMPTS["bucket"])) for k in ("", "1 6", "3 9")
+    }
+    fasp, rand = table[table["alpha"] > 0].set_index("method").loc[["FASP", "random"]].to_dict("records")
+    assert fasp["bias"] == pytest.approx(bias["1 6"])
+    assert fasp["change"] == pytest.approx(100 * (bias["1 6"] / bias[""] - 1))
+    assert rand["bias"] == pytest.approx((bias["1 6"] + bias["3 9"]) / 2), "random draws are averaged"
+    assert rand["pruned"] == 2
+    unpruned = table[table["alpha"] == 0].iloc[0]
+    assert unpruned["change"] == unpruned["change_low"] == unpruned["change_high"] == 0, "paired with itself"
+    assert unpruned["ppl_ratio"] == 1
+    own = texts[texts["heads"] == ""]["text"]
+    assert unpruned["distinct"] == own.nunique() / len(own)
+    assert replicates[("FASP", 0.0, 0.2)].shape == (200,)
+
+
+def test_rules_by_hand(tiny, evaluated):
+    texts, _, _ = evaluated
+    own = texts[texts["heads"] == ""]
+    prose = " ".join(f"w{i % 30}" for i in range(50))
+    table = experiment.compare_rules(tiny, PROMPTS, own, judge.load(word_judge), prose, length=10)
+    table = table.set_index("rule")
+    joined = [f"{PROMPTS['prompt'][i]}{t}" for i, t in zip(own["prompt"], own["text"], strict=True)]
+    assert table.loc["as_published", "mean_score"] == pytest.approx(np.mean(word_judge(joined)))
+    assert table.loc["corrected", "mean_score"] == pytest.approx(own["score"].mean())
+    expected = measure.group_bias(own.groupby("prompt")["score"].mean(), PROMPTS["bucket"])
+    assert table.loc["corrected", "bias"] == pytest.approx(float(expected))
+    assert table["tokens"].to_dict() == {"as_published": 9, "corrected": 49}
+
+
+def test_a_model_without_bias_is_refused(evaluated):
+    texts, losses, windows = evaluated
+    with pytest.raises(ValueError, match="no bias on these prompts"):
+        experiment.compare(SETS, texts.assign(score=0.5), losses, PROMPTS, windows)
+
+
+def grid(rows):
+    return pd.DataFrame(rows, columns=["gamma", "alpha", "pruned", "bias", "ppl_ratio"])
+
+
+def test_choice_of_gamma():
+    rows = [
+        (0.2, 0.1, 1, 0.1, 1.5),
+        (0.3, 0.1, 1, 0.2, 1.1),
+        (0.4, 0.1, 1, 0.3, 1.0),
+        (0.4, 0.0, 0, 0.0, 1.0),
+    ]
+    assert experiment.choose_gamma(grid(rows), 1.25) == 0.3
+    assert experiment.choose_gamma(grid(rows), 2.0) == 0.2
+    assert experiment.choose_gamma(grid(rows), 0.9) == 0.4, "none keeps to it: the mildest"
+    with pytest.raises(ValueError, match="too few heads"):
+        experiment.choose_gamma(grid(rows[3:]), 1.25)
+
+
+def test_selections_and_grid():
+    n = 50
+    rng = np.random.default_rng(0)
+    scores = pd.DataFrame({"bias_without": rng.random(n), "ppl_without": rng.random(n)})
+    chosen = experiment.selections(
+        scores, {"magnitude": rng.random(n)}, gamma=0.3, alphas=[0.0, 0.1, 0.2], draws=2
+    )
+    assert set(chosen["method"]) == {"FASP", "bias only", "perplexity only", "magnitude", "random"}
+    assert (chosen["heads"].map(len) == (chosen["alpha"] * n).astype(int)).all()
+    wide = experiment.gamma_grid(scores, [0.2, 0.9], [0.0, 0.1, 0.2])
+    assert set(wide["method"]) == {"FASP"}
+    assert set(zip(wide["gamma"], wide["alpha"], strict=True)) == {
+        *((0.2, a) for a in (0.0, 0.1, 0.2)),
+        *((0.9, a) for a in (0.0, 0.1)),
+    }
+
+
+def test_verdicts():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "method": ["good", "good", "costly", "idle"],
+            "gamma": 0.0,
+            "alpha": [0.1, 0.2, 0.1, 0.1],
+            "pruned": 3,
+            "change": [-20.0, -30.0, -40.0, 1.0],
+            "change_high": [-10.0, 5.0, -20.0, 20.0],
+            "ppl_ratio": [1.1, 1.2, 3.0, 1.0],
+        }
+    )
+    drawn = {(r.method, 0.0, r.alpha): rng.normal(r.change, 5, 2000) for r in table.itertuples()}
+    out = experiment.verdicts(table, drawn, 1.25).set_index("method")
+    assert out.loc["good", "mean_change"] == -25 and out.loc["good", "reduced_at"] == 0.5
+    assert out.loc["good", "low"] < -25 < out.loc["good", "high"] < 0
+    assert out["verdict"].to_dict() == {
+        "good": "reduces bias; perplexity within the limit",
+        "costly": "reduces bias; perplexity over the limit",
+        "idle": "no clear change; perplexity within the limit",
+    }
