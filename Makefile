@@ -27,7 +27,7 @@ test: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m jupytext --test --to ipynb notebooks/*.py
-	$(PY) -m pytest --nbval-lax --nbval-cell-timeout=300 -q
+	$(PY) -m pytest --nbval-lax --nbval-cell-timeout=300
 
 models: $(VENV)/run.stamp
 	$(PY) data/make_models.py

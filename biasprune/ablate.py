@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,75 @@ def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class CleanPass:
+    """What an unmodified forward pass leaves for later passes to start from.
+
+    Attributes
+    ----------
+    hidden
+        Layer → its input (rows, tokens, width), for the layers that were asked for.
+    returns_tuple
+        Whether this architecture's layers return a tuple.
+    """
+
+    hidden: dict[int, Tensor]
+    returns_tuple: bool = False
+
+
+@contextmanager
+def recorded(lm: LM, layers: Iterable[int]) -> Iterator[CleanPass]:
+    """Keep the inputs of some layers during the next forward pass, to ``resumed`` from."""
+    clean = CleanPass({})
+    handles = []
+
+    def keep(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            clean.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+            clean.returns_tuple = isinstance(output, tuple)
+
+        return hook
+
+    try:
+        for layer in set(layers):
+            module = lm.model.get_submodule(lm.anatomy.layers[layer])
+            handles.append(module.register_forward_hook(keep(layer), with_kwargs=True))
+        yield clean
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resumed(lm: LM, layer: int, hidden: Tensor, returns_tuple: bool) -> Iterator[None]:
+    """Start forward passes at a layer: those below it cost nothing and ``hidden`` is its input.
+
+    Ablating a head changes nothing below its layer, so such a pass gives what a full one would.
+    Everything around the layers (masks, positions, norms, unembedding) is still the model's own.
+    For passes without a key/value cache; ``hidden`` is (rows, tokens, width).
+    """
+    skipped = [lm.model.get_submodule(name) for name in lm.anatomy.layers[:layer]]
+
+    def skip(module: nn.Module) -> Callable:
+        def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple:
+            out = hidden if module is skipped[-1] else hidden_states
+            return (out,) if returns_tuple else out
+
+        return forward
+
+    before = [m.__dict__.get("forward") for m in skipped]
+    try:
+        for module in skipped:
+            module.forward = skip(module)
+        yield
+    finally:
+        for module, own in zip(skipped, before, strict=True):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:  # accelerate had put its own there
+                module.forward = own
 
 
 def export(lm: LM, heads: Iterable[int], folder: str | Path) -> Path:

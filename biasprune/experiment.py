@@ -193,17 +193,20 @@ def compare(
     -------
     (table, replicates)
         table: the columns ``by``; pruned (number of heads); bias, bias_low, bias_high; change,
-        change_low, change_high (percent of the unpruned model's bias); ppl, ppl_ratio; score (mean
+        change_low, change_high (percent of the unpruned model's bias); change_seed_sd (standard
+        deviation of the change over sampling seeds, NaN for one seed); ppl, ppl_ratio; score (mean
         judge score); distinct (share of distinct continuations); empty (share of empty ones).
         Intervals by bootstrap over prompts within groups, seeds averaged, pruned and unpruned
         paired. replicates: ``by`` → (n_boot,) changes in percent, for intervals of further sums.
     """
     keys = list(dict.fromkeys(texts["heads"]))
     shape = (len(keys), texts["seed"].nunique(), texts["prompt"].nunique())
-    scores = texts["score"].to_numpy().reshape(shape).mean(1)  # (sets, prompts)
+    by_seed = texts["score"].to_numpy().reshape(shape)
+    scores = by_seed.mean(1)  # (sets, prompts)
     nll = losses["nll"].to_numpy().reshape(len(keys), -1)
     weights = prompts["weight"].to_numpy() if "weight" in prompts else None
     bias = measure.group_bias(scores, prompts["bucket"], weights)
+    seed_bias = measure.group_bias(by_seed, prompts["bucket"], weights)  # (sets, seeds)
     boot = measure.bootstrap_bias(scores, prompts["bucket"], weights, n_boot=n_boot)
     ppl = measure.perplexity(nll, windows)
     health = texts.groupby("heads", sort=False)["text"].agg(
@@ -219,6 +222,7 @@ def compare(
         change = 100 * (bias[index].mean() / bias[base] - 1)
         drawn = 100 * (boot[:, index].mean(1) / boot[:, base] - 1)
         low, high = measure.interval(change, drawn)
+        per_seed = 100 * (seed_bias[index].mean(0) / seed_bias[base] - 1)
         bias_low, bias_high = measure.interval(bias[index].mean(), boot[:, index].mean(1))
         replicates[tuple(setting)] = drawn
         rows.append(
@@ -231,6 +235,7 @@ def compare(
                 "change": change,
                 "change_low": low,
                 "change_high": high,
+                "change_seed_sd": per_seed.std(ddof=1) if len(per_seed) > 1 else np.nan,
                 "ppl": ppl[index].mean(),
                 "ppl_ratio": ppl[index].mean() / ppl[base],
                 "score": scores[index].mean(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from biasprune.ablate import masked
+from biasprune.ablate import masked, recorded, resumed
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -252,12 +253,15 @@ def nll(
 ) -> np.ndarray:
     """Mean negative log-likelihood (nats per token) of every window under every mask.
 
+    Several masks share one clean pass; each then starts at its first masked layer.
+
     Parameters
     ----------
     masks
         (masks, layers, heads); None for the unmodified model.
     batch_tokens
-        Tokens per batch; bounds the memory for logits (batch_tokens × vocabulary).
+        Tokens per batch; bounds the memory for logits (batch_tokens × vocabulary) and for the clean
+        pass (batch_tokens × layers × width).
 
     Returns
     -------
@@ -267,15 +271,29 @@ def nll(
     a = lm.anatomy
     masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks
     n_windows, length = windows.ids.shape
-    jobs = [(i, j) for i in range(len(masks)) for j in range(n_windows)]
-    out = np.empty((len(masks), n_windows))
     rows = max(1, batch_tokens // length)
-    shown = bar(total=len(jobs), desc=progress, unit="window")
-    for start in range(0, len(jobs), rows):
-        m, w = torch.tensor(jobs[start : start + rows]).T
-        with masked(lm, masks[m]):
-            out[m.numpy(), w.numpy()] = window_nll(lm, windows, w).double().cpu().numpy()
-        shown.update(len(m))
+    touched = (masks != 1).any(-1)  # (masks, layers)
+    start = torch.where(touched.any(1), touched.int().argmax(1), a.n_layers - 1).tolist()
+    if len(masks) < 3:
+        start = [0] * len(masks)  # a clean pass would cost more than it saves
+    out = np.empty((len(masks), n_windows))
+    shown = bar(total=out.size, desc=progress, unit="window")
+    for w in torch.arange(n_windows).split(rows):
+        with recorded(lm, set(start) - {0}) as clean:
+            if any(start):
+                lm.model.base_model(windows.ids[w].to(lm.device), use_cache=False)
+        for layer in sorted(set(start)):
+            here = [i for i, s in enumerate(start) if s == layer]
+            jobs = torch.cartesian_prod(torch.tensor(here), torch.arange(len(w))).split(rows)
+            for m, j in (job.T for job in jobs):
+                with ExitStack() as stack:
+                    if layer:
+                        hidden = clean.hidden[layer][j.to(lm.device)]
+                        stack.enter_context(resumed(lm, layer, hidden, clean.returns_tuple))
+                    stack.enter_context(masked(lm, masks[m]))
+                    loss = window_nll(lm, windows, w[j])
+                out[m.numpy(), w[j].numpy()] = loss.double().cpu().numpy()
+                shown.update(len(m))
     shown.close()
     return out
 

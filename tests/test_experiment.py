@@ -55,6 +55,13 @@ def test_compare_by_hand(evaluated):
     assert fasp["change"] == pytest.approx(100 * (bias["1 6"] / bias[""] - 1))
     assert rand["bias"] == pytest.approx((bias["1 6"] + bias["3 9"]) / 2), "random draws are averaged"
     assert rand["pruned"] == 2
+    by_seed = texts.groupby(["heads", "seed", "prompt"])["score"].mean()
+    changes = [
+        float(measure.group_bias(by_seed["1 6"][s].to_numpy(), PROMPTS["bucket"]))
+        / float(measure.group_bias(by_seed[""][s].to_numpy(), PROMPTS["bucket"]))
+        for s in (0, 1)
+    ]
+    assert fasp["change_seed_sd"] == pytest.approx(100 * np.std(changes, ddof=1))
     unpruned = table[table["alpha"] == 0].iloc[0]
     assert unpruned["change"] == unpruned["change_low"] == unpruned["change_high"] == 0, "paired with itself"
     assert unpruned["ppl_ratio"] == 1

@@ -65,6 +65,29 @@ def test_rows_carry_their_own_mask(arch_lm):
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+def test_resuming_equals_a_full_pass(arch_lm, layer):
+    clean = logits(arch_lm)
+    with ablate.recorded(arch_lm, [layer]) as kept:
+        logits(arch_lm)
+    rows = torch.tensor([2, 0, 2, 1])  # other rows and another order than in the clean pass
+    masks = ablate.head_masks(arch_lm.anatomy, [[layer * 4 + h] for h in range(4)])
+    with ablate.masked(arch_lm, masks):
+        whole = logits(arch_lm, IDS[rows])
+    visited = []
+    below = arch_lm.model.get_submodule(arch_lm.anatomy.out_projs[layer - 1])
+    handle = below.register_forward_hook(lambda *args: visited.append(1))
+    with (
+        ablate.resumed(arch_lm, layer, kept.hidden[layer][rows], kept.returns_tuple),
+        ablate.masked(arch_lm, masks),
+    ):
+        part = logits(arch_lm, IDS[rows])
+    assert not visited, "the layers below are not computed"
+    handle.remove()
+    torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(arch_lm), clean), "the model must leave as it came"
+
+
 def test_unit_mask_equals_zeroed_rows(arch_lm):
     a = arch_lm.anatomy
     units = torch.ones(a.n_layers, a.n_units)
