@@ -153,14 +153,15 @@ def report(out: Path) -> None:
                 + ("+changes" if source["commit"].endswith("+changes") else ""),
             }
         )
-        verdicts = pd.read_parquet(path.parent / "verdicts.parquet").round(2)
+        shown = {name: pd.read_parquet(path.parent / f"{name}.parquet") for name in ("detection", "verdicts")}
+        detection, verdicts = shown["detection"].round(3), shown["verdicts"].round(2)
         sections.append(
-            f"## {model['name']}, {facts['config']['axis']}\n\n{facts['results']['verdict']}\n\n"
-            f"Unpruned bias {facts['results']['unpruned_bias']:.3f} on validation prompts "
-            f"(p = {facts['results']['noise_floor_p']:.3f} under shuffled group labels); "
-            f"γ = {facts['results']['gamma']}.\n\n{_table(verdicts)}\n\n"
-            "Change in % of the unpruned model's bias on test prompts, averaged over α; 95 % intervals by "
-            "bootstrap over prompts.\n\n"
+            f"## {model['name']}, {facts['config']['axis']}\n\n{facts['results']['sentence']}\n\n"
+            "The unpruned model's bias, and the noise floor that shuffled group labels give:\n\n"
+            f"{_table(detection)}\n\n"
+            f"Pruning (γ = {facts['results']['gamma']}, chosen on validation prompts): change in % of the "
+            "unpruned model's bias on test prompts, averaged over α, with 95 % intervals by bootstrap over "
+            f"prompts, and against random pruning of as many heads:\n\n{_table(verdicts)}\n\n"
             f"![Change of bias and perplexity against the share of heads pruned, per method]"
             f"({folder}/figures/change_against_alpha.png)\n"
         )

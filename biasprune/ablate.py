@@ -117,6 +117,18 @@ def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> 
             handle.remove()
 
 
+def first_masked_layer(masks: Tensor) -> list[int]:
+    """The layer at which each pass may start: (masks, layers, heads) → one layer per mask.
+
+    The last layer for a mask of ones; 0 for all where fewer than three masks would share the clean
+    pass, which then costs more than it saves.
+    """
+    if len(masks) < 3:
+        return [0] * len(masks)
+    touched = (masks != 1).any(-1)  # (masks, layers)
+    return torch.where(touched.any(1), touched.int().argmax(1), masks.shape[1] - 1).tolist()
+
+
 @dataclass
 class CleanPass:
     """What an unmodified forward pass leaves for later passes to start from.

@@ -9,14 +9,15 @@ Adding Gumbel noise to log-probabilities and taking the maximum samples exactly 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from biasprune.ablate import masked
+from biasprune.ablate import first_masked_layer, masked, recorded, resumed
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -84,7 +85,7 @@ class Continuations:
     Attributes
     ----------
     tokens
-        (masks, seeds, prompts, steps) int64; −1 from the end-of-text token on.
+        (masks, seeds, prompts, steps) int64; −1 after the end-of-text token.
     texts
         (masks, seeds, prompts) array of str: decoded, special tokens skipped.
     """
@@ -136,8 +137,8 @@ def _generate(
             forward = lm.model(token[:, None], past_key_values=cache, use_cache=True)
             cache = forward.past_key_values
             token = pick(forward.logits[:, -1], keys, step, top_k, temperature)
-            done |= torch.isin(token, eos)
             out[:, step] = torch.where(done, -1, token)
+            done |= torch.isin(token, eos)
             # Asking the device whether all are done stalls it, so ask seldom.
             if step % 8 == 7 and bool(done.all()):
                 break
@@ -242,6 +243,133 @@ def sample(
             run(jobs[start : start + per_batch])
     shown.close()
     return Continuations(tokens=tokens, texts=decode(lm, tokens))
+
+
+def _log_prob(lm: LM, ids: Tensor, steps: Tensor, top_k: int, temperature: float) -> Tensor:
+    """Log-probability of sampling the last tokens of some rows: ids (rows, length) → (rows,).
+
+    steps (rows, n): the n last tokens again, −1 where they don't count. Keeps gradients.
+    """
+    length, n = ids.shape[1], steps.shape[1]
+    # as a tensor, not a number: indexing then copies only what is kept
+    keep = torch.arange(length - n - 1, length - 1, device=ids.device)
+    logits = lm.model(ids, use_cache=False, logits_to_keep=keep).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    chosen = logits.gather(-1, steps.clamp(min=0)[..., None])[..., 0]
+    if top_k:
+        logits = logits.topk(min(top_k, logits.shape[-1])).values
+        chosen = chosen.masked_fill(chosen < logits[..., -1], -torch.inf)
+    each = chosen - logits.logsumexp(-1)
+    return torch.where(steps >= 0, each, 0).sum(-1)
+
+
+def _batches(
+    lm: LM, prompts: Sequence[str], tokens: np.ndarray, max_prompt_tokens: int | None, batch_tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Samples of equal prompt length: (index into seeds · prompts, ids, steps), all on the device."""
+    encoded = encode(lm, prompts, max_prompt_tokens)
+    flat = torch.from_numpy(tokens.reshape(-1, tokens.shape[-1]))
+    for length in sorted({len(x) for x in encoded}):
+        same = [j for j, x in enumerate(encoded) if len(x) == length]
+        which = torch.tensor([s * len(prompts) + j for s in range(len(tokens)) for j in same])
+        for index in which.split(max(1, batch_tokens // (length + flat.shape[1]))):
+            start = torch.tensor([encoded[int(i) % len(prompts)] for i in index])
+            steps = flat[index]
+            ids = torch.cat([start, steps.clamp(min=0)], 1)
+            yield index, ids.to(lm.device), steps.to(lm.device)
+
+
+def _check_random(temperature: float) -> None:
+    if temperature <= 0:
+        raise ValueError("greedy continuations have no probability to compare: set temperature > 0.")
+
+
+@torch.inference_mode()
+def log_prob(
+    lm: LM,
+    prompts: Sequence[str],
+    tokens: np.ndarray,
+    masks: Tensor,
+    *,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    max_prompt_tokens: int | None = None,
+    batch_tokens: int = 4096,
+) -> np.ndarray:
+    """Log-probability of given continuations under every mask, by one teacher-forced pass each.
+
+    All masks share a clean pass; each starts at its first masked layer.
+
+    Parameters
+    ----------
+    tokens
+        (seeds, prompts, steps), from ``Continuations.tokens``.
+    masks
+        (masks, layers, heads).
+
+    Returns
+    -------
+    ndarray
+        (masks, seeds, prompts) float64, −inf where a token leaves the top k.
+
+    Raises
+    ------
+    ValueError
+        If temperature is 0.
+    """
+    _check_random(temperature)
+    start = first_masked_layer(masks)
+    out = np.empty((len(masks), tokens.shape[0] * tokens.shape[1]))
+    for index, ids, steps in _batches(lm, prompts, tokens, max_prompt_tokens, batch_tokens):
+        with recorded(lm, set(start) - {0}) as clean:
+            if any(start):
+                lm.model.base_model(ids, use_cache=False)
+        rows = max(1, batch_tokens // ids.shape[1])
+        for layer in sorted(set(start)):
+            here = torch.tensor([i for i, s in enumerate(start) if s == layer])
+            for job in torch.cartesian_prod(here, torch.arange(len(index))).split(rows):
+                m, j = job.T
+                on_device = j.to(lm.device)
+                with ExitStack() as stack:
+                    if layer:
+                        hidden = clean.hidden[layer][on_device]
+                        stack.enter_context(resumed(lm, layer, hidden, clean.returns_tuple))
+                    stack.enter_context(masked(lm, masks[m]))
+                    value = _log_prob(lm, ids[on_device], steps[on_device], top_k, temperature)
+                out[m.numpy(), index[j].numpy()] = value.double().cpu().numpy()
+    return out.reshape(len(masks), *tokens.shape[:2])
+
+
+def log_prob_gradient(
+    lm: LM,
+    prompts: Sequence[str],
+    tokens: np.ndarray,
+    *,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    max_prompt_tokens: int | None = None,
+    batch_tokens: int = 1024,
+) -> np.ndarray:
+    """∂ log-probability / ∂ mask of every head at mask = 1, for every continuation.
+
+    One forward and one backward pass for all heads: (seeds, prompts, steps) tokens →
+    (seeds, prompts, layers, heads) float64.
+
+    Raises
+    ------
+    ValueError
+        If temperature is 0.
+    """
+    _check_random(temperature)
+    a = lm.anatomy
+    out = np.empty((tokens.shape[0] * tokens.shape[1], a.n_layers, a.n_heads))
+    for index, ids, steps in _batches(lm, prompts, tokens, max_prompt_tokens, batch_tokens):
+        masks = torch.ones(len(ids), a.n_layers, a.n_heads, device=lm.device, requires_grad=True)
+        with torch.enable_grad(), masked(lm, masks):
+            total = _log_prob(lm, ids, steps, top_k, temperature).sum()
+            (gradient,) = torch.autograd.grad(total, masks)
+        out[index.numpy()] = gradient.double().cpu().numpy()
+    return out.reshape(*tokens.shape[:2], a.n_layers, a.n_heads)
 
 
 def decode(lm: LM, tokens: np.ndarray) -> np.ndarray:

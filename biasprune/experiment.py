@@ -193,9 +193,10 @@ def compare(
     -------
     (table, replicates)
         table: the columns ``by``; pruned (number of heads); bias, bias_low, bias_high; change,
-        change_low, change_high (percent of the unpruned model's bias); change_seed_sd (standard
-        deviation of the change over sampling seeds, NaN for one seed); ppl, ppl_ratio; score (mean
-        judge score); distinct (share of distinct continuations); empty (share of empty ones).
+        change_low, change_high (percent of the unpruned model's bias); floor (mean bias of the same
+        scores under shuffled group labels: what no difference between the groups would give);
+        change_seed_sd (standard deviation of the change over sampling seeds, NaN for one seed); ppl,
+        ppl_ratio; score (mean judge score); distinct and empty (shares of the continuations).
         Intervals by bootstrap over prompts within groups, seeds averaged, pruned and unpruned
         paired. replicates: ``by`` → (n_boot,) changes in percent, for intervals of further sums.
     """
@@ -208,6 +209,9 @@ def compare(
     bias = measure.group_bias(scores, prompts["bucket"], weights)
     seed_bias = measure.group_bias(by_seed, prompts["bucket"], weights)  # (sets, seeds)
     boot = measure.bootstrap_bias(scores, prompts["bucket"], weights, n_boot=n_boot)
+    floor = np.array(
+        [measure.noise_floor(one, prompts["bucket"], weights, n_perm=200).mean() for one in scores]
+    )
     ppl = measure.perplexity(nll, windows)
     health = texts.groupby("heads", sort=False)["text"].agg(
         distinct=lambda t: t.nunique() / len(t), empty=lambda t: (t.str.strip() == "").mean()
@@ -235,6 +239,7 @@ def compare(
                 "change": change,
                 "change_low": low,
                 "change_high": high,
+                "floor": floor[index].mean(),
                 "change_seed_sd": per_seed.std(ddof=1) if len(per_seed) > 1 else np.nan,
                 "ppl": ppl[index].mean(),
                 "ppl_ratio": ppl[index].mean() / ppl[base],
@@ -268,33 +273,76 @@ def choose_gamma(grid: pd.DataFrame, max_ppl_ratio: float) -> float:
 
 
 def verdicts(table: pd.DataFrame, replicates: dict[tuple, np.ndarray], max_ppl_ratio: float) -> pd.DataFrame:
-    """Per method, over all α that prune: mean change of bias with interval, and the worst perplexity.
+    """Per method, over all α that prune: mean change of bias, the same against random pruning, cost.
+
+    A method counts as reducing bias only if its interval lies below zero and so does that of its
+    difference to random pruning of as many heads: whatever makes a model write less toxic, shorter or
+    senseless text lowers a sum of absolute differences too.
 
     Returns
     -------
     DataFrame
-        method, mean_change, low, high (percent), reduced_at (share of the α at which the whole
-        interval lies below 0), worst_ppl_ratio, verdict in words.
+        method, mean_change, low, high, against_random, against_low, against_high (all percent of the
+        unpruned bias), reduced_at (share of the α at which the whole interval lies below 0),
+        worst_ppl_ratio, effect, within_limit.
     """
+    pruned = table[table["pruned"] > 0]
+    settings = {
+        m: list(zip(p["gamma"], p["alpha"], strict=True)) for m, p in pruned.groupby("method", sort=False)
+    }
+    drawn = {m: np.mean([replicates[(m, *s)] for s in at], axis=0) for m, at in settings.items()}
+    means = pruned.groupby("method")["change"].mean()
     rows = []
-    for method, part in table[table["pruned"] > 0].groupby("method", sort=False):
-        drawn = np.mean(
-            [replicates[(method, g, a)] for g, a in zip(part["gamma"], part["alpha"], strict=True)], 0
-        )
-        mean = part["change"].mean()
-        low, high = measure.interval(mean, drawn)
-        worst = part["ppl_ratio"].max()
-        effect = "reduces bias" if high < 0 else "raises bias" if low > 0 else "no clear change"
-        cost = "within" if worst <= max_ppl_ratio else "over"
+    for method in settings:
+        part = pruned[pruned["method"] == method]
+        low, high = measure.interval(means[method], drawn[method])
+        against = means[method] - means["random"]
+        against_low, against_high = measure.interval(against, drawn[method] - drawn["random"])
+        if high < 0:
+            effect = "reduces bias" if against_high < 0 or method == "random" else "no more than random"
+        else:
+            effect = "raises bias" if low > 0 else "no clear change"
         rows.append(
             {
                 "method": method,
-                "mean_change": mean,
+                "mean_change": means[method],
                 "low": float(low),
                 "high": float(high),
+                "against_random": against,
+                "against_low": float(against_low),
+                "against_high": float(against_high),
                 "reduced_at": (part["change_high"] < 0).mean(),
-                "worst_ppl_ratio": worst,
-                "verdict": f"{effect}; perplexity {cost} the limit",
+                "worst_ppl_ratio": part["ppl_ratio"].max(),
+                "effect": effect,
+                "within_limit": bool(part["ppl_ratio"].max() <= max_ppl_ratio),
             }
         )
     return pd.DataFrame(rows)
+
+
+def conclude(verdicts: pd.DataFrame, p_value: float) -> tuple[str, str]:
+    """The paper's claim, that FASP alone reduces bias at little cost: a verdict and why.
+
+    Parameters
+    ----------
+    p_value
+        Of the unpruned model's bias on the test prompts, under shuffled group labels. If there is no
+        bias to be seen, its change can't be judged.
+
+    Returns
+    -------
+    (verdict, reason)
+        verdict: "reproduced", "partly reproduced", "not reproduced" or "undecided".
+    """
+    good = (verdicts["effect"] == "reduces bias") & verdicts["within_limit"]
+    passed = [m for m in verdicts["method"][good] if m != "random"]
+    names = ", ".join(passed) or "none"
+    did = f"methods that reduce bias at little cost, and more than random pruning: {names}"
+    if p_value >= 0.05:
+        return "undecided", (
+            "on the test prompts the unpruned model's bias can't be told from no difference between the "
+            f"groups (p = {p_value:.2f}), so a change of it says little ({did})"
+        )
+    if passed == ["FASP"]:
+        return "reproduced", did
+    return ("partly reproduced" if "FASP" in passed else "not reproduced"), did

@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, NullLocator
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110})
@@ -27,7 +28,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def head_scores(scores: pd.DataFrame, n: int = 10) -> Figure:
+def head_scores(scores: pd.DataFrame, n: int = 5) -> Figure:
     """z_bias against z_ppl of every head, with standard errors; the n largest z_bias named."""
     figure, axis = plt.subplots(figsize=(7.5, 4.8))
     axis.errorbar(
@@ -37,11 +38,11 @@ def head_scores(scores: pd.DataFrame, n: int = 10) -> Figure:
         yerr=scores["z_bias_se"],
         fmt="o",
         markersize=3.5,
-        elinewidth=0.5,
-        alpha=0.55,
+        elinewidth=0.4,
+        alpha=0.4,
     )
     for row in scores.nlargest(n, "z_bias").itertuples():
-        axis.annotate(f"{row.layer}.{row.head}", (row.z_ppl, row.z_bias), fontsize=8, alpha=0.8)
+        axis.annotate(f"{row.layer}.{row.head}", (row.z_ppl, row.z_bias), fontsize=9, fontweight="bold")
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(0, color="black", lw=0.8)
     typical = max(float(scores["z_ppl"].abs().median()), 1e-6)
@@ -55,8 +56,10 @@ def head_scores(scores: pd.DataFrame, n: int = 10) -> Figure:
 def change_against_alpha(table: pd.DataFrame, max_ppl_ratio: float | None = None) -> Figure:
     """Change of bias (%) with 95 % intervals and perplexity ratio against α, one panel per method.
 
-    FASP's line stands in every panel for comparison.
+    FASP's line stands in every panel for comparison. The dotted line is the noise floor: the change
+    that would be measured if the groups didn't differ at all.
     """
+    unpruned = table.loc[table["alpha"] == 0, "bias"].iloc[0]
     methods = list(dict.fromkeys(table["method"]))
     colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
     figure, axes = plt.subplots(
@@ -75,6 +78,7 @@ def change_against_alpha(table: pd.DataFrame, max_ppl_ratio: float | None = None
             bottom.plot(fasp["alpha"], fasp["ppl_ratio"], color="grey", ls="--", lw=1.2)
         top.plot(part["alpha"], part["change"], **style)
         bottom.plot(part["alpha"], part["ppl_ratio"], **style)
+        top.plot(part["alpha"], 100 * (part["floor"] / unpruned - 1), color="black", ls=":", lw=1.4)
         top.axhline(0, color="black", lw=0.8)
         bottom.axhline(1, color="black", lw=0.8)
         if max_ppl_ratio:
@@ -84,10 +88,10 @@ def change_against_alpha(table: pd.DataFrame, max_ppl_ratio: float | None = None
         bottom.set_xlabel("share of heads\npruned (α)")
     axes[0, 0].set_ylabel("change of bias (%)\nband: 95 % interval")
     axes[1, 0].set_ylabel("perplexity ÷ unpruned\n(log scale)")
+    axes[1, 0].yaxis.set_major_locator(FixedLocator([0.5, 0.8, 1, 1.25, 2, 3, 5, 10, 30, 100, 1000]))
+    axes[1, 0].yaxis.set_minor_locator(NullLocator())
     axes[1, 0].yaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
-    axes[1, 0].yaxis.set_minor_formatter(plt.FormatStrFormatter("%g"))
-    axes[1, 0].tick_params(axis="y", which="minor", labelsize=8)
-    figure.suptitle("Test prompts: every method against α (dashed grey: FASP)", y=0.99)
+    figure.suptitle("Test prompts, every method against α (dashed grey: FASP; dotted: noise floor)", y=0.99)
     figure.tight_layout()
     return figure
 
@@ -138,7 +142,7 @@ def head_map(n_layers: int, n_heads: int, protected: list[int], pruned: list[int
     axis.set_title(f"Heads protected ({len(protected)}), pruned ({len(pruned)}, ×), and left")
     labels = ["neither", "protected (perplexity)", "pruned (bias)"]
     patches = [Patch(fc=c, ec="grey", label=t) for c, t in zip(colours, labels, strict=True)]
-    axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=3, frameon=False)
+    axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3, frameon=False)
     return figure
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from biasprune import measure, record
 from biasprune.ablate import head_masks, masked
-from biasprune.decode import Continuations, encode, sample
+from biasprune.decode import Continuations, encode, log_prob, log_prob_gradient, sample
 from biasprune.judge import Judge
 from biasprune.lm import LM
 from biasprune.progress import bar
 
-FIDELITIES = ("naive", "exact")
+FIDELITIES = ("naive", "exact", "importance", "gradient")
 
 
 def judged_text(prompts: Sequence[str], texts: np.ndarray, rule: str = "corrected") -> np.ndarray:
@@ -43,33 +44,96 @@ def judge_continuations(
     return np.asarray(judge(list(texts.reshape(-1)))).reshape(texts.shape)
 
 
-def _chunk_scores(
-    lm: LM,
-    prompts: pd.DataFrame,
-    judge: Judge,
-    windows: measure.Windows,
-    heads: Sequence[int],
-    *,
-    fidelity: str,
-    rule: str,
-    sampling: dict,
-    batch_rows: int,
-    batch_tokens: int,
-) -> dict[str, np.ndarray]:
-    """Scores (heads, seeds, prompts), tokens and NLL (heads, windows) with each head removed."""
-    masks = head_masks(lm.anatomy, [[h] for h in heads])
-    texts = list(prompts["prompt"])
-    if fidelity == "naive":  # one head at a time, every text judged again
-        written = [sample(lm, texts, masks=m[None], batch_rows=batch_rows, **sampling) for m in masks]
-        scores = [judge_continuations(texts, w, judge.fresh, rule) for w in written]
-        losses = [measure.nll(lm, windows, m[None], batch_tokens=batch_tokens) for m in masks]
-        tokens = np.concatenate([w.tokens for w in written])
-        return {"scores": np.concatenate(scores), "tokens": tokens, "nll": np.concatenate(losses)}
-    written = sample(lm, texts, masks=masks, batch_rows=batch_rows, **sampling)
+@dataclass(frozen=True)
+class _Task:
+    """What every fidelity works on."""
+
+    lm: LM
+    prompts: pd.DataFrame
+    judge: Judge
+    windows: measure.Windows
+    base: Continuations  # of the unpruned model
+    base_scores: np.ndarray  # (seeds, prompts)
+    rule: str
+    sampling: dict
+    batch_rows: int
+    batch_tokens: int
+    max_weight: float
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self.prompts["prompt"])
+
+    def replay(self, batch_tokens: int) -> dict:
+        """Options of ``log_prob`` and ``log_prob_gradient``."""
+        keep = ("top_k", "temperature", "max_prompt_tokens")
+        return {**{k: self.sampling[k] for k in keep}, "batch_tokens": batch_tokens}
+
+
+# Each fidelity gives, for some heads: values and sizes (heads, seeds, prompts), whose ratio of sums
+# is a group's mean score without the head; nll (heads, windows); changed and ess (heads,).
+
+
+def _by_sampling(task: _Task, heads: Sequence[int], one_by_one: bool) -> dict[str, np.ndarray]:
+    """Generate without each head, judge, and measure perplexity: "naive" and "exact"."""
+    masks = head_masks(task.lm.anatomy, [[h] for h in heads])
+    groups = masks.split(1 if one_by_one else len(masks))
+    judge = task.judge.fresh if one_by_one else task.judge
+    values, losses, changed = [], [], []
+    for group in groups:
+        written = sample(task.lm, task.texts, masks=group, batch_rows=task.batch_rows, **task.sampling)
+        values.append(judge_continuations(task.texts, written, judge, task.rule))
+        losses.append(measure.nll(task.lm, task.windows, group, batch_tokens=task.batch_tokens))
+        changed.append((written.tokens != task.base.tokens).any(-1).mean((1, 2)))
+    scores = np.concatenate(values)
     return {
-        "scores": judge_continuations(texts, written, judge, rule),
-        "tokens": written.tokens,
-        "nll": measure.nll(lm, windows, masks, batch_tokens=batch_tokens),
+        "values": scores,
+        "sizes": np.ones_like(scores),
+        "nll": np.concatenate(losses),
+        "changed": np.concatenate(changed),
+        "ess": np.ones(len(heads)),
+    }
+
+
+def _by_importance(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
+    """Weigh the unpruned model's continuations by how likely each is without the head."""
+    a = task.lm.anatomy
+    masks = head_masks(a, [[], *([h] for h in heads)])
+    own, *without = log_prob(
+        task.lm, task.texts, task.base.tokens[0], masks, **task.replay(task.batch_tokens)
+    )
+    weight = np.exp(np.minimum(np.stack(without) - own, np.log(task.max_weight)))
+    total = weight.sum((1, 2))
+    return {
+        "values": weight * task.base_scores,
+        "sizes": weight,
+        "nll": measure.nll(task.lm, task.windows, masks[1:], batch_tokens=task.batch_tokens),
+        "changed": np.full(len(heads), np.nan),
+        "ess": total**2 / (weight**2).sum((1, 2)) / weight[0].size,
+    }
+
+
+def _by_gradient(task: _Task) -> dict[str, np.ndarray]:
+    """First-order effects of all heads: one forward and backward pass over texts, one over windows.
+
+    The change of a mean score when a mask goes from 1 to 0 is −E[(score − mean) · ∂log p / ∂mask].
+    """
+    a = task.lm.anatomy
+    gradient = log_prob_gradient(
+        task.lm, task.texts, task.base.tokens[0], **task.replay(task.batch_tokens // 4)
+    )
+    per_head = np.moveaxis(gradient.reshape(*gradient.shape[:2], a.n_flat), -1, 0)  # (N, seeds, prompts)
+    _, group = np.unique(task.prompts["bucket"].astype(str), return_inverse=True)
+    means = measure.group_means(task.base_scores.mean(0), task.prompts["bucket"])
+    values = task.base_scores - (task.base_scores - means[group]) * per_head
+    own = measure.nll(task.lm, task.windows, batch_tokens=task.batch_tokens)
+    slope = np.concatenate(list(_nll_gradients(task.lm, task.windows, task.batch_tokens // 4)))
+    return {
+        "values": values,
+        "sizes": np.ones_like(values),
+        "nll": own - slope.reshape(len(slope), -1).T,
+        "changed": np.full(a.n_flat, np.nan),
+        "ess": np.full(a.n_flat, np.nan),
     }
 
 
@@ -95,6 +159,7 @@ def score(
     max_prompt_tokens: int | None = 22,
     batch_rows: int = 256,
     batch_tokens: int = 4096,
+    max_weight: float = 20.0,
     n_boot: int = 1000,
     checkpoint: Path | None = None,
     progress: bool = True,
@@ -106,9 +171,13 @@ def score(
     prompts
         One axis: columns prompt and bucket; weight if the axis mean isn't over prompts alike.
     fidelity
-        "naive": one generation per head, every text judged; the oracle. "exact": heads as rows
-        of one batch, equal texts judged once. Both see the same noise, so in float32
-        they give the same tokens.
+        "naive": one generation per head, every text judged; the oracle.
+        "exact": heads as rows of one batch, equal texts judged once. Sees the same noise as
+        "naive", so in float32 it gives the same tokens.
+        "importance": no further generation; the unpruned model's continuations are weighed by how
+        likely each would be without the head (self-normalised per group, weights cut at
+        ``max_weight``). Look at ``ess``: where it is small, the head changes the model too much.
+        "gradient": first-order effects of all heads from one forward and one backward pass.
     rule
         What the judge reads, see ``judged_text``.
     checkpoint
@@ -123,7 +192,9 @@ def score(
         bias_without, ppl_without; z_bias = bias − bias_without (positive: the head adds bias);
         z_ppl = ppl_without − ppl (positive: the head matters for language modelling); z_bias_se,
         z_ppl_se (bootstrap over prompts within groups, and over windows); score_without (mean
-        judge score); changed (share of continuations that differ from the unpruned model's).
+        judge score); changed (share of continuations that differ from the unpruned model's; NaN
+        where none were generated); ess (effective share of the sample, by importance weights; 1
+        where texts were generated, NaN for gradients).
 
     Raises
     ------
@@ -161,68 +232,64 @@ def score(
         "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
         "code": record.code_sha256(),
         **{"fidelity": fidelity, "rule": rule, "batch_rows": batch_rows, "batch_tokens": batch_tokens},
+        "max_weight": max_weight,
         **sampling,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(checkpoint) / digest if checkpoint else None
-    step = _layers_at_once(lm, prompts, len(seeds), batch_rows) * lm.anatomy.n_heads
-    chunks = []
-    for start in bar(range(0, lm.anatomy.n_flat, step), desc="heads scored" if progress else None):
-        heads = range(start, min(start + step, lm.anatomy.n_flat))
-        chunks.append(
-            record.stored_arrays(
-                folder and folder / f"heads_{heads[0]:05d}-{heads[-1]:05d}.npz",
-                lambda heads=heads: _chunk_scores(
-                    lm,
-                    prompts,
-                    judge,
-                    windows,
-                    heads,
-                    fidelity=fidelity,
-                    rule=rule,
-                    sampling=sampling,
-                    batch_rows=batch_rows,
-                    batch_tokens=batch_tokens,
-                ),
-            )
-        )
-    scores, tokens, losses = (
-        np.concatenate([one[key] for one in chunks]) for key in ("scores", "tokens", "nll")
+    task = _Task(
+        lm,
+        prompts,
+        judge,
+        windows,
+        base,
+        base_scores[0],
+        rule,
+        sampling,
+        batch_rows,
+        batch_tokens,
+        max_weight,
     )
-    return _frame(lm, prompts, base, base_scores, base_nll, scores, tokens, losses, windows, n_boot).assign(
+    n = lm.anatomy.n_flat
+    step = n if fidelity == "gradient" else lm.anatomy.n_heads
+    step *= 1 if fidelity == "gradient" else _layers_at_once(lm, prompts, len(seeds), batch_rows)
+    methods = {
+        "naive": lambda heads: _by_sampling(task, heads, one_by_one=True),
+        "exact": lambda heads: _by_sampling(task, heads, one_by_one=False),
+        "importance": lambda heads: _by_importance(task, heads),
+        "gradient": lambda heads: _by_gradient(task),
+    }
+    chunks = []
+    for start in bar(range(0, n, step), desc="heads scored" if progress else None):
+        heads = range(start, min(start + step, n))
+        path = folder and folder / f"heads_{heads[0]:05d}-{heads[-1]:05d}.npz"
+        chunks.append(record.stored_arrays(path, lambda heads=heads: methods[fidelity](heads)))
+    whole = {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
+    return _frame(task, base_nll, whole, n_boot).assign(
         axis=prompts["axis"].iloc[0] if "axis" in prompts else "", fidelity=fidelity
     )
 
 
-def _frame(
-    lm: LM,
-    prompts: pd.DataFrame,
-    base: Continuations,
-    base_scores: np.ndarray,
-    base_nll: np.ndarray,
-    scores: np.ndarray,
-    tokens: np.ndarray,
-    losses: np.ndarray,
-    windows: measure.Windows,
-    n_boot: int,
-) -> pd.DataFrame:
+def _frame(task: _Task, base_nll: np.ndarray, of: dict[str, np.ndarray], n_boot: int) -> pd.DataFrame:
     """Tidy frame of scores; row 0 of the stacked arrays is the unpruned model."""
-    buckets = list(prompts["bucket"])
-    weights = prompts["weight"].to_numpy() if "weight" in prompts else None
-    judged = np.concatenate([base_scores, scores]).mean(1)  # over seeds
-    bias = measure.group_bias(judged, buckets, weights)
-    boot = measure.bootstrap_bias(judged, buckets, weights, n_boot=n_boot)
-    nll = np.concatenate([base_nll, losses])
-    ppl = measure.perplexity(nll, windows)
+    buckets = list(task.prompts["bucket"])
+    weights = task.prompts["weight"].to_numpy() if "weight" in task.prompts else None
+    values = np.concatenate([task.base_scores[None], of["values"]]).mean(1)  # over seeds
+    sizes = np.concatenate([np.ones_like(task.base_scores)[None], of["sizes"]]).mean(1)
+    bias = measure.group_bias(values, buckets, weights, sizes)
+    boot = measure.bootstrap_bias(values, buckets, weights, sizes, n_boot=n_boot)
+    nll = np.concatenate([base_nll, of["nll"]])
+    ppl = measure.perplexity(nll, task.windows)
     n = nll.shape[1]
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_boot)
-    ppl_boot = measure.perplexity(nll, windows, draws)
-    flat = np.arange(lm.anatomy.n_flat)
+    ppl_boot = measure.perplexity(nll, task.windows, draws)
+    anatomy = task.lm.anatomy
+    flat = np.arange(anatomy.n_flat)
     return pd.DataFrame(
         {
             "flat": flat,
-            "layer": flat // lm.anatomy.n_heads,
-            "head": flat % lm.anatomy.n_heads,
+            "layer": flat // anatomy.n_heads,
+            "head": flat % anatomy.n_heads,
             "bias": bias[0],
             "bias_without": bias[1:],
             "z_bias": bias[0] - bias[1:],
@@ -231,8 +298,9 @@ def _frame(
             "ppl_without": ppl[1:],
             "z_ppl": ppl[1:] - ppl[0],
             "z_ppl_se": (ppl_boot[:, 1:] - ppl_boot[:, :1]).std(0, ddof=1),
-            "score_without": judged[1:].mean(-1),
-            "changed": (tokens != base.tokens).any(-1).mean((1, 2)),
+            "score_without": values[1:].sum(-1) / sizes[1:].sum(-1),
+            "changed": of["changed"],
+            "ess": of["ess"],
         }
     )
 
@@ -298,6 +366,21 @@ def magnitude_l2(lm: LM) -> np.ndarray:
     return flat / flat.max()
 
 
+def _nll_gradients(
+    lm: LM, windows: measure.Windows, batch_tokens: int, desc: str | None = None
+) -> Iterator[np.ndarray]:
+    """∂ NLL of each window / ∂ mask of every head at mask = 1, in batches (windows, layers, heads)."""
+    a = lm.anatomy
+    rows = max(1, batch_tokens // windows.ids.shape[1])
+    for chosen in bar(torch.arange(len(windows.ids)).split(rows), desc=desc):
+        # one mask per row, so that windows keep their own gradients
+        masks = torch.ones(len(chosen), a.n_layers, a.n_heads, device=lm.device, requires_grad=True)
+        with torch.enable_grad(), masked(lm, masks):
+            loss = measure.window_nll(lm, windows, chosen).sum()
+            (gradient,) = torch.autograd.grad(loss, masks)
+        yield gradient.double().cpu().numpy()
+
+
 def mask_gradient_l2(
     lm: LM, windows: measure.Windows, *, batch_tokens: int = 1024, progress: bool = True
 ) -> np.ndarray:
@@ -305,18 +388,8 @@ def mask_gradient_l2(
 
     Source: baseline "gradient" of Zayed et al., AAAI 2024, after Michel et al., NeurIPS 2019.
     """
-    a = lm.anatomy
-    total = torch.zeros(a.n_layers, a.n_heads, dtype=torch.float64)
-    rows = max(1, batch_tokens // windows.ids.shape[1])
-    starts = range(0, len(windows.ids), rows)
-    for start in bar(starts, desc="mask gradients" if progress else None):
-        chosen = torch.arange(start, min(start + rows, len(windows.ids)))
-        # one mask per row, so that the absolute value is taken window by window
-        masks = torch.ones(len(chosen), a.n_layers, a.n_heads, device=lm.device, requires_grad=True)
-        with torch.enable_grad(), masked(lm, masks):
-            loss = measure.window_nll(lm, windows, chosen).sum()
-            (gradient,) = torch.autograd.grad(loss, masks)
-        total += gradient.abs().sum(0).double().cpu()
-    total /= total.square().sum(1, keepdim=True).sqrt().clamp_min(1e-30)
-    flat = total.flatten().numpy()
+    batches = _nll_gradients(lm, windows, batch_tokens, "mask gradients" if progress else None)
+    total = sum(np.abs(g).sum(0) for g in batches)  # (layers, heads)
+    total = total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-30)
+    flat = total.flatten()
     return flat / flat.max()

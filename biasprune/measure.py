@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from biasprune.ablate import masked, recorded, resumed
+from biasprune.ablate import first_masked_layer, masked, recorded, resumed
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -40,16 +40,27 @@ def _gap(means: np.ndarray, share: np.ndarray) -> np.ndarray:
     return np.abs(means - overall).sum(0)
 
 
-def group_means(scores: ArrayLike, buckets: Sequence[str]) -> np.ndarray:
-    """Mean score of every group, in sorted order of names: (…, prompts) → (groups, …)."""
+def group_means(scores: ArrayLike, buckets: Sequence[str], sizes: ArrayLike | None = None) -> np.ndarray:
+    """Mean score of every group, in sorted order of names: (…, prompts) → (groups, …).
+
+    With ``sizes`` (…, prompts), the ratio Σ scores / Σ sizes: self-normalised importance weights
+    come as scores = Σ weight · score and sizes = Σ weight of a prompt's samples.
+    """
     scores = np.asarray(scores, dtype=float)
     if not np.isfinite(scores).all():
         raise ValueError("scores hold NaN or infinity: the judge failed on some text.")
     index, _ = _groups(buckets, None, scores.shape[-1])
-    return np.stack([scores[..., index == g].mean(-1) for g in range(index.max() + 1)])
+    sizes = np.ones_like(scores) if sizes is None else np.asarray(sizes, dtype=float)
+    own = [index == g for g in range(index.max() + 1)]
+    return np.stack([scores[..., g].sum(-1) / sizes[..., g].sum(-1) for g in own])
 
 
-def group_bias(scores: ArrayLike, buckets: Sequence[str], weights: ArrayLike | None = None) -> np.ndarray:
+def group_bias(
+    scores: ArrayLike,
+    buckets: Sequence[str],
+    weights: ArrayLike | None = None,
+    sizes: ArrayLike | None = None,
+) -> np.ndarray:
     """Bias on one axis: Σ over groups of |mean over all prompts − mean over the group's prompts|.
 
     Parameters
@@ -61,6 +72,8 @@ def group_bias(scores: ArrayLike, buckets: Sequence[str], weights: ArrayLike | N
     weights
         Weight of each prompt in the axis mean, the same for all prompts of a group; None weighs
         prompts equally, as published.
+    sizes
+        (…, prompts), see ``group_means``.
 
     Raises
     ------
@@ -71,7 +84,7 @@ def group_bias(scores: ArrayLike, buckets: Sequence[str], weights: ArrayLike | N
     ------
     Zayed et al., AAAI 2024, equation for bias; spec of the published code: a sum, not a mean.
     """
-    means = group_means(scores, buckets)
+    means = group_means(scores, buckets, sizes)
     _, share = _groups(buckets, weights, np.shape(scores)[-1])
     return _gap(means, share)
 
@@ -80,6 +93,7 @@ def bootstrap_bias(
     scores: ArrayLike,
     buckets: Sequence[str],
     weights: ArrayLike | None = None,
+    sizes: ArrayLike | None = None,
     *,
     n_boot: int = 1000,
     seed: int = 0,
@@ -90,15 +104,16 @@ def bootstrap_bias(
     them are paired.
     """
     scores = np.asarray(scores, dtype=float)
-    group_means(scores, buckets)  # validates
+    group_means(scores, buckets, sizes)  # validates
     index, share = _groups(buckets, weights, scores.shape[-1])
     rng = np.random.default_rng(seed)
     means = []
     for g in range(len(share)):
-        own = scores[..., index == g]
-        n = own.shape[-1]
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
-        means.append(np.moveaxis(own @ counts.T / n, -1, 0))
+        n = int((index == g).sum())
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=n_boot).T
+        drawn = scores[..., index == g] @ counts
+        total = n if sizes is None else np.asarray(sizes)[..., index == g] @ counts
+        means.append(np.moveaxis(drawn / total, -1, 0))
     return _gap(np.stack(means), share)
 
 
@@ -123,6 +138,26 @@ def noise_floor(
     shuffled = rng.permuted(np.broadcast_to(scores, (n_perm, scores.size)), axis=1)
     means = np.stack([shuffled[:, index == g].mean(-1) for g in range(len(share))])
     return _gap(means, share)
+
+
+def detect_bias(
+    scores: ArrayLike, buckets: Sequence[str], weights: ArrayLike | None = None
+) -> dict[str, float]:
+    """Is there bias at all? Measured bias of one model against its noise floor.
+
+    (prompts,) → n, bias, floor (mean), floor_95 (95th percentile), excess (bias − floor), p (share of
+    shuffled labellings with as much bias).
+    """
+    bias = float(group_bias(scores, buckets, weights))
+    floor = noise_floor(scores, buckets, weights)
+    return {
+        "n": len(buckets),
+        "bias": bias,
+        "floor": float(floor.mean()),
+        "floor_95": float(np.quantile(floor, 0.95)),
+        "excess": bias - float(floor.mean()),
+        "p": float((1 + (floor >= bias).sum()) / (1 + len(floor))),
+    }
 
 
 def interval(point: ArrayLike, replicates: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -272,10 +307,7 @@ def nll(
     masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks
     n_windows, length = windows.ids.shape
     rows = max(1, batch_tokens // length)
-    touched = (masks != 1).any(-1)  # (masks, layers)
-    start = torch.where(touched.any(1), touched.int().argmax(1), a.n_layers - 1).tolist()
-    if len(masks) < 3:
-        start = [0] * len(masks)  # a clean pass would cost more than it saves
+    start = first_masked_layer(masks)
     out = np.empty((len(masks), n_windows))
     shown = bar(total=out.size, desc=progress, unit="window")
     for w in torch.arange(n_windows).split(rows):

@@ -45,6 +45,7 @@ rule: str = "corrected"  # corrected, or as_published: judging, windows and ties
 fidelity: str = "exact"  # exact (heads as rows), or naive (one head at a time)
 n_valid: int = 84  # prompts to score heads and to choose γ on, equally many per group; 0 takes all
 n_test: int = 84  # prompts to report on; 0 takes all
+n_base: int = 189  # validation prompts for the unpruned model alone: is there bias at all?; 0 takes all
 score_seeds: list = [0, 1, 2]  # sampling seeds for the head scores
 grid_seeds: list = [3]  # for the choice of γ; others than for the scores, lest it follows their noise
 test_seeds: list = [0, 1, 2]  # for what is reported
@@ -134,18 +135,59 @@ seen = pd.concat([
 figure = figures.group_scores(seen)
 figures.save(figure, folder / "figures", "judge_by_group")
 # %% [markdown]
-# **Noise floor.** Bias is a sum of absolute differences, so it is above zero even where groups don't differ. Shuffling
-# the group labels shows by how much.
+# **Is there bias to remove?** Bias is a sum of absolute differences, so it is above zero even where groups don't differ.
+# Shuffling the group labels gives the noise floor: what no difference would give. One model is cheap to sample, so
+# this is asked of a larger sample first; then of the test prompts, on which the methods are compared below.
 
 # %%
-by_prompt = base.groupby("prompt")["score"].mean().to_numpy()
-floor = measure.noise_floor(by_prompt, valid["bucket"], valid["weight"])
-unpruned_bias = float(measure.group_bias(by_prompt, valid["bucket"], valid["weight"]))
-p_value = float((1 + (floor >= unpruned_bias).sum()) / (1 + len(floor)))
-pd.DataFrame({"unpruned model": {
-    "bias (validation prompts)": unpruned_bias, "noise floor, mean": floor.mean(),
-    "noise floor, 95th percentile": pd.Series(floor).quantile(0.95), "p (no difference between groups)": p_value,
-}})  # fmt: skip
+large = prompts.sample(tables["valid"], n_base or len(tables["valid"]), seed=0)
+large_texts, _ = run.frame_pair(
+    "unpruned_large",
+    lambda: experiment.evaluate(
+        net, unpruned, large, judged_by, valid_windows, seeds=[0], rule=rule, progress="unpruned", **sampling
+    ),
+)
+test_base, _ = run.frame_pair(
+    "unpruned_test",
+    lambda: experiment.evaluate(
+        net,
+        unpruned,
+        test,
+        judged_by,
+        test_windows,
+        seeds=test_seeds,
+        rule=rule,
+        progress="unpruned",
+        **sampling,
+    ),
+)
+detection = run.frame(
+    "detection",
+    lambda: pd.DataFrame(
+        [
+            {
+                "prompts": name,
+                **measure.detect_bias(
+                    of.groupby("prompt")["score"].mean(), sampled["bucket"], sampled["weight"]
+                ),
+                "seeds": of["seed"].nunique(),
+            }
+            for name, of, sampled in (
+                ("larger sample (validation)", large_texts, large),
+                ("for scoring (validation)", base, valid),
+                ("test", test_base, test),
+            )
+        ]
+    ),
+)
+p_value = float(detection.set_index("prompts").loc["test", "p"])
+detection.style.hide(axis="index").format(precision=3).set_caption(
+    "Unpruned model: measured bias, and what no difference would give"
+)
+
+# %% [markdown]
+# `excess` is the measured bias above the floor's mean. Where it is small against the floor, most of what the next
+# sections call bias is noise, and so is most of its change.
 
 # %% [markdown]
 # **As published against corrected.** The paper's code scores prompt and continuation together, and its perplexity windows start
@@ -295,19 +337,15 @@ examples.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 7 Verdict
-# Mean change over all α that prune at least one head, with its interval; `reduced_at` is the share of those α at which
-# the whole 95 % interval lies below zero.
+# Mean change over all α that prune at least one head, with its interval, and the difference to random pruning of as
+# many heads: anything that makes a model write less, or less toxic, text lowers a sum of absolute differences too.
+# `reduced_at` is the share of those α at which the whole 95 % interval lies below zero.
 
 # %%
 verdicts = experiment.verdicts(compared, replicates, max_ppl_ratio)
 run.frame("verdicts", lambda: verdicts)
-both = verdicts[(verdicts["high"] < 0) & (verdicts["worst_ppl_ratio"] <= max_ppl_ratio)]["method"].tolist()
-only = both == ["FASP"]
-sentence = (
-    f"On {model}, axis {axis}: methods that reduce bias with perplexity within ×{max_ppl_ratio}: "
-    f"{', '.join(both) or 'none'}. The paper's claim that FASP alone does so is "
-    f"**{'reproduced' if only else 'not reproduced'}** on this model."
-)
+verdict, reason = experiment.conclude(verdicts, p_value)
+sentence = f"{model}, axis {axis}. Claim: FASP alone reduces bias with perplexity within ×{max_ppl_ratio}. **{verdict.capitalize()}**: {reason}."
 display(verdicts.style.hide(axis="index").format(precision=2))
 display(Markdown(sentence))
 
@@ -317,11 +355,16 @@ if truth_file.is_file():  # the planted model: the truth is known, so the method
     truth = json.loads(truth_file.read_text())
     planted = truth["layer"] * a.n_heads + truth["head"]
     assert scores["z_bias"].idxmax() == planted and planted in fasp, "the planted head was not found"
-    assert verdicts.set_index("method").loc["FASP", "high"] < 0, "removing it must reduce bias"
+    assert verdicts.set_index("method").loc["FASP", "effect"] == "reduces bias", (
+        "removing it must reduce bias"
+    )
 
 # %%
 run.finish(
-    gamma=gamma, unpruned_bias=unpruned_bias, noise_floor_p=p_value, verdict=sentence,
-    methods_within_limit=both, minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-)  # fmt: skip
+    gamma=gamma,
+    verdict=verdict,
+    sentence=sentence,
+    detection=detection.to_dict("records"),
+    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
+)
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -85,7 +85,7 @@ def test_cached_steps_equal_full_passes(arch_lm):
                         logits = arch_lm.model(torch.tensor([ids + expected])).logits[:, -1]
                     expected.append(int(decode.pick(logits, key, step, 8, 1.0)))
                 if 0 in expected:
-                    end = expected.index(0)
+                    end = expected.index(0) + 1
                     expected[end:] = [-1] * (7 - end)
                 assert got[m, s, p].tolist() == expected
 
@@ -144,6 +144,64 @@ def test_texts_end_at_the_end_token(planted):
     for row in out.tokens[0, :, 0]:
         ended = np.flatnonzero(row == -1)
         assert not len(ended) or (row[ended[0] :] == -1).all()
+
+
+def log_prob_by_hand(lm, prompt, tokens, mask, top_k, temperature) -> torch.Tensor:
+    """Oracle: one token at a time, the whole text through the model each time."""
+    ids, total = lm.tokenizer(prompt)["input_ids"], 0.0
+    for token in tokens:
+        if token < 0:
+            break
+        with ablate.masked(lm, mask):
+            logits = lm.model(torch.tensor([ids])).logits[0, -1].double() / temperature
+        kept = logits.topk(top_k).values
+        if logits[token] < kept[-1]:
+            return torch.tensor(-torch.inf)
+        total = total + logits[token] - kept.logsumexp(0)
+        ids = [*ids, int(token)]
+    return total
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(8, 1.0), (64, 0.7)])
+def test_log_prob(arch_lm, top_k, temperature):
+    sampling = {"top_k": top_k, "temperature": temperature}
+    tokens = decode.sample(arch_lm, PROMPTS, seeds=(0, 1), max_new_tokens=5, **sampling).tokens[0]
+    masks = ablate.head_masks(arch_lm.anatomy, [[], [2], [5], [11], [0, 9]])
+    got = decode.log_prob(arch_lm, PROMPTS, tokens, masks, batch_tokens=30, **sampling)
+    for m, s, p in ((0, 0, 0), (1, 1, 1), (2, 0, 2), (3, 1, 4), (4, 0, 3), (4, 1, 1)):
+        with torch.no_grad():
+            expected = log_prob_by_hand(arch_lm, PROMPTS[p], tokens[s, p], masks[m], **sampling)
+        assert got[m, s, p] == pytest.approx(float(expected), abs=2e-4)
+    assert np.ptp(got, axis=0).max() > 0.1, "the heads matter"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_log_prob_gradient(name):
+    """Oracle: central differences of the one-token-at-a-time log-probability."""
+    from conftest import random_lm
+
+    lm = random_lm(name)
+    lm.model.double()
+    a, h = lm.anatomy, 1e-3
+    tokens = decode.sample(lm, PROMPTS, max_new_tokens=4, top_k=64).tokens[0]
+    got = decode.log_prob_gradient(lm, PROMPTS, tokens, top_k=64)
+    for p, layer, head in ((0, 0, 1), (1, 1, 2), (4, 2, 3)):
+        values = []
+        for sign in (1, -1):
+            mask = torch.ones(a.n_layers, a.n_heads, dtype=torch.float64)
+            mask[layer, head] += sign * h
+            with torch.no_grad():
+                values.append(float(log_prob_by_hand(lm, PROMPTS[p], tokens[0, p], mask, 64, 1.0)))
+        expected = (values[0] - values[1]) / (2 * h)
+        assert got[0, p, layer, head] == pytest.approx(expected, rel=0.02, abs=2e-3)
+
+
+def test_greedy_has_no_probability(tiny):
+    tokens = decode.sample(tiny, PROMPTS, max_new_tokens=3, temperature=0).tokens[0]
+    for call in (lambda: decode.log_prob(tiny, PROMPTS, tokens, torch.ones(1, 3, 4), temperature=0),
+                 lambda: decode.log_prob_gradient(tiny, PROMPTS, tokens, temperature=0)):  # fmt: skip
+        with pytest.raises(ValueError, match="temperature > 0"):
+            call()
 
 
 @pytest.mark.parametrize(

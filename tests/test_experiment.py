@@ -129,21 +129,50 @@ def test_verdicts():
     rng = np.random.default_rng(0)
     table = pd.DataFrame(
         {
-            "method": ["good", "good", "costly", "idle"],
+            "method": ["good", "good", "costly", "idle", "chance", "worse", "random", "random"],
             "gamma": 0.0,
-            "alpha": [0.1, 0.2, 0.1, 0.1],
+            "alpha": [0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2],
             "pruned": 3,
-            "change": [-20.0, -30.0, -40.0, 1.0],
-            "change_high": [-10.0, 5.0, -20.0, 20.0],
-            "ppl_ratio": [1.1, 1.2, 3.0, 1.0],
+            "change": [-40.0, -50.0, -60.0, 1.0, -14.0, 30.0, -10.0, -12.0],
+            "change_high": [-10.0, 5.0, -20.0, 20.0, 0.0, 40.0, 0.0, 0.0],
+            "ppl_ratio": [1.1, 1.2, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0],
         }
     )
-    drawn = {(r.method, 0.0, r.alpha): rng.normal(r.change, 5, 2000) for r in table.itertuples()}
+    drawn = {(r.method, 0.0, r.alpha): rng.normal(r.change, 4, 2000) for r in table.itertuples()}
     out = experiment.verdicts(table, drawn, 1.25).set_index("method")
-    assert out.loc["good", "mean_change"] == -25 and out.loc["good", "reduced_at"] == 0.5
-    assert out.loc["good", "low"] < -25 < out.loc["good", "high"] < 0
-    assert out["verdict"].to_dict() == {
-        "good": "reduces bias; perplexity within the limit",
-        "costly": "reduces bias; perplexity over the limit",
-        "idle": "no clear change; perplexity within the limit",
+    assert out.loc["good", "mean_change"] == -45 and out.loc["good", "reduced_at"] == 0.5
+    assert out.loc["good", "low"] < -45 < out.loc["good", "high"] < 0
+    assert out.loc["good", "against_random"] == -34
+    assert out["effect"].to_dict() == {
+        "good": "reduces bias",
+        "costly": "reduces bias",
+        "idle": "no clear change",
+        "chance": "no more than random",
+        "worse": "raises bias",
+        "random": "reduces bias",
     }
+    assert out["within_limit"].to_dict() == {m: m != "costly" for m in out.index}
+
+
+def test_conclusions():
+    def table(**effects):
+        return pd.DataFrame(
+            [{"method": m.replace("_", " "), "effect": e, "within_limit": w} for m, (e, w) in effects.items()]
+        )
+
+    yes, no = ("reduces bias", True), ("no more than random", True)
+    assert experiment.conclude(table(FASP=yes, random=no), 0.01)[0] == "reproduced"
+    assert experiment.conclude(table(FASP=yes, bias_only=("reduces bias", False)), 0.01)[0] == "reproduced"
+    assert experiment.conclude(table(FASP=yes, magnitude=yes), 0.01)[0] == "partly reproduced"
+    assert experiment.conclude(table(FASP=no, magnitude=yes), 0.01)[0] == "not reproduced"
+    verdict, reason = experiment.conclude(table(FASP=yes, random=no), 0.12)
+    assert verdict == "undecided" and "p = 0.12" in reason
+
+
+def test_floor_is_that_of_shuffled_labels(evaluated):
+    texts, losses, windows = evaluated
+    table, _ = experiment.compare(SETS, texts, losses, PROMPTS, windows, n_boot=50)
+    scores = texts[texts["heads"] == "1 6"].groupby("prompt")["score"].mean().to_numpy()
+    expected = measure.noise_floor(scores, PROMPTS["bucket"], n_perm=5000).mean()
+    got = table[(table["method"] == "FASP") & (table["alpha"] == 0.2)]["floor"].iloc[0]
+    assert got == pytest.approx(expected, rel=0.15)

@@ -73,16 +73,16 @@ def test_frame_by_hand(tiny):
 def test_resumes_after_a_kill_with_the_identical_frame(tiny, tmp_path, monkeypatch):
     windows = text_windows(tiny)
     whole = headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **SMALL)
-    real, layers = headscores._chunk_scores, []
+    real, layers = headscores._by_sampling, []
     monkeypatch.setattr(headscores, "_layers_at_once", lambda *args: 1)
 
-    def dies_at_layer_two(*args, **kwargs):
-        layers.append(args[4][0] // 4)
+    def dies_at_layer_two(task, heads, one_by_one):
+        layers.append(heads[0] // 4)
         if layers == [0, 1, 2]:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return real(task, heads, one_by_one)
 
-    monkeypatch.setattr(headscores, "_chunk_scores", dies_at_layer_two)
+    monkeypatch.setattr(headscores, "_by_sampling", dies_at_layer_two)
     options = {**SMALL, "checkpoint": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **options)
@@ -91,6 +91,97 @@ def test_resumes_after_a_kill_with_the_identical_frame(tiny, tmp_path, monkeypat
     pd.testing.assert_frame_equal(resumed, whole)
     headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **{**options, "top_k": 3})
     assert layers[4:] == [0, 1, 2], "other settings don't reuse the checkpoint"
+
+
+def next_token(lm, head: int | None) -> torch.Tensor:
+    """Distribution of the first token after each prompt: (prompts, vocabulary)."""
+    mask = ablate.head_mask(lm.anatomy, [] if head is None else [head])
+    rows = []
+    for prompt in PROMPTS["prompt"]:
+        with ablate.masked(lm, mask):
+            logits = lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1]
+        rows.append(logits.softmax(-1))
+    return torch.stack(rows)
+
+
+def score_of_token(lm) -> torch.Tensor:
+    return torch.tensor(word_judge([lm.tokenizer.decode([t]) for t in range(64)]))
+
+
+ONE_TOKEN = {"max_new_tokens": 1, "top_k": 0, "seeds": range(600), "n_boot": 50, "progress": False}
+
+
+def test_importance_estimates_the_enumerated_truth(tiny):
+    """Oracle: continuations of one token, the expected score summed over the whole vocabulary."""
+    frame = headscores.score(
+        tiny, PROMPTS, judge.load(word_judge), text_windows(tiny), fidelity="importance", **ONE_TOKEN
+    )
+    value = score_of_token(tiny)
+    with torch.no_grad():
+        clean = next_token(tiny, None)
+        for head in range(12):
+            without = next_token(tiny, head)
+            truth = measure.group_bias(without @ value, PROMPTS["bucket"])
+            ratio = without / clean
+            share = 1 / float((clean * ratio**2).sum(1).mean())  # effective share of the sample
+            got = frame.loc[head]
+            assert got["ess"] == pytest.approx(share, rel=0.25)
+            # three groups, two prompts each, 600 samples a prompt
+            assert got["bias_without"] == pytest.approx(float(truth), abs=6 * 0.3 / np.sqrt(1200 * share))
+    assert frame["z_bias"].abs().max() > 0.02 and frame["ess"].between(0, 1).all()
+
+
+def test_gradient_estimates_the_enumerated_slope(tiny):
+    """Oracle: the derivative of the expected score, summed over the whole vocabulary."""
+    frame = headscores.score(
+        tiny, PROMPTS, judge.load(word_judge), text_windows(tiny), fidelity="gradient", **ONE_TOKEN
+    )
+    value, a = score_of_token(tiny), tiny.anatomy
+    means = []
+    for prompt in PROMPTS["prompt"]:
+        mask = torch.ones(a.n_layers, a.n_heads, requires_grad=True)
+        with ablate.masked(tiny, mask):
+            logits = tiny.model(torch.tensor([tiny.tokenizer(prompt)["input_ids"]])).logits[0, -1]
+        mean = logits.softmax(-1) @ value
+        (slope,) = torch.autograd.grad(mean, mask)
+        means.append(float(mean.detach()) - slope.flatten().numpy())
+    truth = measure.group_bias(np.stack(means, 1), PROMPTS["bucket"])
+    np.testing.assert_allclose(frame["bias_without"], truth, atol=0.1)
+    assert np.corrcoef(frame["bias_without"], truth)[0, 1] > 0.9
+
+
+def test_first_order_perplexity(tiny):
+    """Scaling every head by 1 − ε must move the loss as the slopes say."""
+    windows = text_windows(tiny)
+    frame = headscores.score(
+        tiny, PROMPTS, judge.load(word_judge), windows, fidelity="gradient", **{**SMALL, "seeds": (0,)}
+    )
+    slope = np.log(frame["ppl_without"] / frame["ppl"]).sum()  # Σ over heads, per unit of removal
+    with ablate.masked(tiny, torch.full((3, 4), 1 - 1e-3)):
+        moved = measure.perplexity(measure.nll(tiny, windows), windows)[0]
+    assert np.log(moved / frame["ppl"][0]) == pytest.approx(1e-3 * slope, rel=0.05)
+
+
+@pytest.mark.parametrize("fidelity", ["importance", "gradient"])
+def test_cheap_fidelities_find_the_planted_head(planted_scores, planted, fidelity):
+    exact, truth, windows = planted_scores
+    table = planted_prompts()
+    options = {"seeds": (0, 1, 2), "max_new_tokens": 8, "progress": False}
+    scorer = judge.load("sentiment")
+    frame = headscores.score(planted, table, scorer, windows, fidelity=fidelity, **options)
+    assert frame["z_bias"].idxmax() == truth
+    assert list(frame) == list(exact)
+    rank = frame["z_ppl"].corr(exact["z_ppl"], method="spearman")
+    assert rank > (0.999 if fidelity == "importance" else 0.5)
+
+
+def test_greedy_cannot_be_weighed(tiny):
+    for fidelity in ("importance", "gradient"):
+        with pytest.raises(ValueError, match="temperature > 0"):
+            headscores.score(
+                tiny, PROMPTS, judge.load(word_judge), text_windows(tiny),
+                fidelity=fidelity, temperature=0, **SMALL,
+            )  # fmt: skip
 
 
 def test_published_judging_reads_the_prompt_too():
@@ -127,12 +218,16 @@ def test_mask_gradient_equals_finite_differences(name):
     assert not any(p.requires_grad for p in arch_lm.model.parameters())
 
 
+def planted_prompts(split: str = "valid") -> pd.DataFrame:
+    return prompts.load("invented_group", split, "models/planted/prompts.csv")
+
+
 @pytest.fixture(scope="module")
 def planted_scores(planted, request):
     from biasprune.fetch import data_dir
 
     folder = data_dir() / "models" / "planted"
-    table = prompts.load("invented_group", "valid", folder / "prompts.csv")
+    table = planted_prompts()
     windows = measure.windows(planted, prompts.corpus(data_dir() / "corpora" / "generated"), length=64)
     frame = headscores.score(
         planted, table, judge.load("sentiment"), windows, seeds=(0, 1, 2), max_new_tokens=8, progress=False
@@ -168,7 +263,7 @@ def test_planted_bias_sits_in_that_head_alone(planted):
     from biasprune.fetch import data_dir
 
     folder = data_dir() / "models" / "planted"
-    table = prompts.load("invented_group", "test", folder / "prompts.csv")
+    table = planted_prompts("test")
     truth = json.loads((folder / "truth.json").read_text())
     flat = truth["layer"] * planted.anatomy.n_heads + truth["head"]
     masks = ablate.head_masks(planted.anatomy, [[], [flat]])
@@ -183,7 +278,7 @@ def test_planted_bias_sits_in_that_head_alone(planted):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fidelity": "quick"}, "choose one of naive, exact"),
+        ({"fidelity": "quick"}, "choose one of naive, exact, importance, gradient"),
         ({"rule": "other"}, "choose corrected or as_published"),
         ({"prompts": PROMPTS.assign(bucket="a")}, "only one group"),
         ({"prompts": PROMPTS.assign(prompt="")}, "prompt 0 is empty"),
