@@ -17,15 +17,14 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110})
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> Path:
-    """Write ``name.png`` and ``name.pdf``; returns the PNG's path."""
+def save(figure: Figure, folder: str | Path, name: str) -> None:
+    """Write ``name.png`` and ``name.pdf``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("pdf", "png"):
         # no creation date: the same data give the same bytes
         metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
         figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
-    return folder / f"{name}.png"
 
 
 def head_scores(scores: pd.DataFrame, n: int = 5) -> Figure:

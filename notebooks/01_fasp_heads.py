@@ -78,6 +78,7 @@ from biasprune import experiment, figures, headscores, judge, lm, measure, promp
 
 warnings.filterwarnings("ignore", message=".*IProgress.*")
 transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 pd.set_option("display.precision", 4, "display.max_colwidth", 110)
 
 # %% [markdown]
