@@ -92,8 +92,11 @@ def _show(process: subprocess.Popen, log: Path) -> None:
 
 
 def _without_paths(executed: Path) -> None:
-    """Take papermill's paths of this machine out of an executed notebook's metadata."""
+    """Take what names paths of this machine out of an executed notebook: metadata, library warnings."""
     node = nbformat.read(executed, as_version=4)
+    for cell in node.cells:
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     for key in ("input_path", "output_path", "environment_variables"):
         node.metadata.get("papermill", {}).pop(key, None)
     nbformat.write(node, executed)
