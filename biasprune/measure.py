@@ -216,7 +216,8 @@ def windows(
     ----------
     rule
         "corrected": windows meet in one token, so that every token but the first is predicted
-        exactly once. "as_published": stride 512 whatever the length, so that a model with a
+        exactly once; where the tokenizer starts texts with a token of its own (Gemma, Llama), every
+        window starts with it. "as_published": stride 512 whatever the length, so that a model with a
         1024-token context (length 256) skips every other 256-token block.
     length
         Tokens per window; None takes a quarter of the context, as published.
@@ -239,21 +240,24 @@ def windows(
     n = len(ids)
     if n < 2:
         raise ValueError("the text for perplexity has fewer than two tokens.")
-    spans = []  # (begin, first target, end), in tokens of the text
-    if rule == "corrected":
-        spans = [(b, b + 1, min(b + length, n)) for b in range(0, n - 1, length - 1)]
+    starts_with_bos = int(ids[0]) == lm.tokenizer.bos_token_id
+    if rule == "corrected" and starts_with_bos:
+        # a model that was trained with a first token reads badly without it, in every window
+        rows = [torch.cat([ids[:1], part]) for part in ids[1:].split(length - 1)]
+        first = [1] * len(rows)
+    elif rule == "corrected":
+        begins = range(0, n - 1, length - 1)
+        rows, first = [ids[b : b + length] for b in begins], [1] * len(begins)
     else:
-        seen = 0
+        rows, first, seen = [], [], 0
         for begin in range(0, n, 512):
             end = min(begin + length, n)
-            spans.append((begin, max(seen, begin + 1), end))
+            if end > max(seen, begin + 1):
+                rows.append(ids[begin:end])
+                first.append(max(seen - begin, 1))
             seen = end
-        spans = [s for s in spans if s[2] > s[1]]
-    padded = torch.zeros(len(spans), max(e - b for b, _, e in spans), dtype=torch.int64)
-    for row, (b, _, e) in zip(padded, spans, strict=True):
-        row[: e - b] = ids[b:e]
-    begin, first, end = np.array(spans).T
-    return Windows(ids=padded, first=first - begin, last=end - begin, rule=rule)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return Windows(ids=padded, first=np.array(first), last=np.array([len(r) for r in rows]), rule=rule)
 
 
 def window_nll(lm: LM, windows: Windows, rows: Tensor) -> Tensor:

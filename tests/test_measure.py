@@ -372,3 +372,22 @@ def test_bootstrapped_perplexity_equals_the_slow_loop(rule, weight):
         drawn = [i for i, times in enumerate(counts[b]) for _ in range(times)]
         total = sum(weight[i] * nll[m, i] for i in drawn)
         assert got[b, m] == pytest.approx(math.exp(total / sum(weight[i] for i in drawn)))
+
+
+def test_windows_of_a_tokenizer_with_a_first_token(tiny):
+    """Each window starts with it, and every token of the text is predicted once."""
+    from tokenizers.processors import TemplateProcessing
+
+    text = " ".join(f"w{i}" for i in range(30))
+    plain = tiny.tokenizer(text)["input_ids"]
+    tiny.tokenizer.bos_token = "<end>"
+    tiny.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 0)]
+    )
+    assert tiny.tokenizer(text)["input_ids"] == [0, *plain]
+    cut = measure.windows(tiny, text, length=8)
+    assert (cut.ids[:, 0] == 0).all() and cut.counts.sum() == len(plain)
+    targets = [row[f:e].tolist() for row, f, e in zip(cut.ids, cut.first, cut.last, strict=True)]
+    assert [t for part in targets for t in part] == plain
+    published = measure.windows(tiny, text, length=8, rule="as_published")
+    assert published.ids[0, :8].tolist() == [0, *plain[:7]], "as published: the text's start alone"
