@@ -6,7 +6,7 @@ A table of prompts has one row per prompt and these columns, all strings:
     bucket      the group within the axis; "(none)" is explained in ``load`` and ``holistic_bias``
     descriptor  the words that name the group, "(none)" where there are none
     noun        the singular of the noun that the descriptor describes, "(none)" where there is none
-    template    the sentence with a placeholder for the noun phrase
+    template    the sentence with a gap for the noun phrase
     prompt      the text that a model is given
 """
 

@@ -5,8 +5,6 @@ Heads are numbered flat: layer · heads + head. N is their number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -128,8 +126,3 @@ def random(n: int, *, alpha: float, seed: int) -> list[int]:
     """
     k = int(_fraction(alpha, "alpha") * n)
     return sorted(int(h) for h in np.random.default_rng(seed).permutation(n)[:k])
-
-
-def overlap(a: Sequence[int], b: Sequence[int]) -> float:
-    """Share of the smaller set that lies in the other; NaN if either is empty."""
-    return len(set(a) & set(b)) / min(len(a), len(b)) if a and b else float("nan")

@@ -135,8 +135,3 @@ def test_lowest_and_random():
     assert sets[0] != select.random(40, alpha=0.1, seed=2)
     hits = np.bincount([h for s in range(2000) for h in select.random(10, alpha=0.2, seed=s)], minlength=10)
     assert abs(hits - 400).max() < 90  # uniform: 400 ± 4.5 standard deviations
-
-
-def test_overlap():
-    assert select.overlap([1, 2, 3], [2, 3, 4, 5]) == pytest.approx(2 / 3)
-    assert np.isnan(select.overlap([], [1]))
