@@ -164,9 +164,10 @@ def interval(point: ArrayLike, replicates: np.ndarray, level: float = 0.95) -> t
     """Basic bootstrap interval (low, high) of an estimate: 2·point − quantiles of the replicates.
 
     The basic form is used because bias is a sum of absolute values: noise inflates it, and inflates
-    it once more in the bootstrap; percentile intervals would count that twice. It still
-    covers less than its level: the simulation in tests/test_measure.py (8 groups × 16 prompts, nominal 95 %) asserts at least 87 % if
-    nothing changed, 85 % if half of the bias went, and only 65 % if all of it went.
+    it once more in the bootstrap; percentile intervals would count that twice. It still covers less
+    than its level: the simulation in tests/test_measure.py (8 groups × 16 prompts, nominal 95 %)
+    asserts at least 87 % if nothing changed, 85 % if half of the bias went, and only 65 % if all of
+    it went.
     """
     tail = (1 - level) / 2
     low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
