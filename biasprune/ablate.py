@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,15 @@ def _check(mask: Tensor, layers: int, width: int, what: str) -> Tensor:
 
 def _hook(mask: Tensor) -> Callable:
     """A pre-hook that multiplies a projection's input (B, T, width) by mask (1 or B, width)."""
+    scale = mask[:, None]
 
     def pre_hook(module: nn.Module, args: tuple) -> tuple:
+        nonlocal scale
         x = args[0]
-        if mask.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"mask has {mask.shape[0]} rows, but the batch has {x.shape[0]}.")
-        return (x * mask[:, None].to(x), *args[1:])
+        if len(scale) not in (1, len(x)):
+            raise ValueError(f"mask has {len(scale)} rows, but the batch has {len(x)}.")
+        scale = scale.to(x)  # moved once, to wherever this layer computes
+        return (x * scale, *args[1:])
 
     return pre_hook
 
@@ -80,7 +83,8 @@ def _hook(mask: Tensor) -> Callable:
 def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> Iterator[None]:
     """Run the model with heads or MLP units scaled; inside the ``with`` block only.
 
-    The model leaves as it came, also after an exception. Masks may require gradients.
+    The model leaves as it came, also after an exception. Masks may require gradients. Masks on the
+    CPU are looked at without making a GPU wait.
 
     Parameters
     ----------
@@ -109,7 +113,7 @@ def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> 
                 if not layer.requires_grad and bool((layer == 1).all()):
                     continue  # nothing to scale here
                 module = lm.model.get_submodule(name)
-                scale = layer.repeat_interleave(repeat, dim=-1).to(module.weight.device)
+                scale = layer.repeat_interleave(repeat, dim=-1)
                 handles.append(module.register_forward_pre_hook(_hook(scale)))
         yield
     finally:
@@ -196,6 +200,60 @@ def resumed(lm: LM, layer: int, hidden: Tensor, returns_tuple: bool) -> Iterator
                 module.__dict__.pop("forward", None)
             else:  # accelerate had put its own there
                 module.forward = own
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a masked pass over some rows begins: after the layers that its masks leave alone."""
+
+    lm: LM
+    layer: int
+    clean: CleanPass
+
+    @contextmanager
+    def __call__(self, masks: Tensor, rows: Tensor) -> Iterator[None]:
+        """Run the model on these rows of the clean pass under masks (rows, layers, heads)."""
+        with ExitStack() as stack:
+            if self.layer:
+                hidden = self.clean.hidden[self.layer]
+                start = hidden[rows.to(hidden.device)]
+                stack.enter_context(resumed(self.lm, self.layer, start, self.clean.returns_tuple))
+            stack.enter_context(masked(self.lm, masks))
+            yield
+
+
+def passes(
+    lm: LM, masks: Tensor, ids: Tensor, rows: int, cache: transformers.DynamicCache | None = None
+) -> Iterator[tuple[Tensor, Tensor, Start]]:
+    """Every pair of a mask and a row of ids, in batches that begin at one layer.
+
+    One clean pass over ids (rows, tokens) serves all masks (masks, layers, heads); into ``cache`` go
+    its keys and values. Yields the pairs' mask and row numbers, and where to ``Start``.
+    """
+    start = first_masked_layer(masks)
+    with recorded(lm, set(start) - {0}) as clean:
+        if any(start):
+            lm.model.base_model(ids, past_key_values=cache, use_cache=cache is not None)
+    for layer in sorted(set(start)):
+        here = torch.tensor([i for i, s in enumerate(start) if s == layer])
+        for pair in torch.cartesian_prod(here, torch.arange(len(ids))).split(max(1, rows)):
+            yield pair[:, 0], pair[:, 1], Start(lm, layer, clean)
+
+
+def in_halves(run: Callable[..., None], *index: Tensor) -> None:
+    """``run(*index)``; if that runs out of memory, again on the first and the second half."""
+    try:
+        run(*index)
+        return
+    except torch.OutOfMemoryError:
+        if len(index[0]) == 1:
+            raise
+    # retried outside the handler, which would keep the failed batch alive
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(index[0]) // 2
+    in_halves(run, *(i[:middle] for i in index))
+    in_halves(run, *(i[middle:] for i in index))
 
 
 def export(lm: LM, heads: Iterable[int], folder: str | Path) -> Path:

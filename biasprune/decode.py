@@ -4,20 +4,31 @@ The noise that decides a token is a function of (seed, prompt, step, token) alon
 the same seed differ only where the model's own probabilities do, so the effect of removing a head
 is a paired difference; and the result doesn't depend on the batch, the order or the device.
 Adding Gumbel noise to log-probabilities and taking the maximum samples exactly from the softmax.
+
+Since few tokens change when a head goes, the unpruned model's continuation is a good draft: one
+pass over it finds, for every head, the first token that differs (replay), and only what comes after
+is decoded. Rows of different prompts, masks and lengths are decoded together, without padding: a
+row joins the batch when the batch has reached its length.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
-from biasprune.ablate import first_masked_layer, masked, recorded, resumed
+from biasprune.ablate import Start, in_halves, masked, passes
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -36,13 +47,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def gumbel(keys: Tensor, step: int, tokens: Tensor) -> Tensor:
+def gumbel(keys: Tensor, step: int | Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, the same for the same (key, step, token) on every device.
 
     Parameters
     ----------
     keys
         (rows,) int64, see ``stream_keys``.
+    step
+        Number of the new token, one for all rows or (rows,) int64.
     tokens
         (rows, k) int64 token ids.
 
@@ -51,8 +64,8 @@ def gumbel(keys: Tensor, step: int, tokens: Tensor) -> Tensor:
     Tensor
         (rows, k) float32.
     """
-    wrapped = ((step + 1) * _GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
-    at_step = _mix(keys + wrapped)
+    steps = torch.as_tensor(step, dtype=torch.int64, device=keys.device)
+    at_step = _mix(keys + (steps + 1) * _GOLDEN)  # int64 wraps around, as it should
     bits = _shift(_mix(at_step[:, None] + tokens * _GOLDEN), 11)
     uniform = (bits.to(torch.float64) + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform)).float()
@@ -66,15 +79,38 @@ def stream_keys(prompts: Sequence[str], seed: int, stream: int = 0) -> Tensor:
     return _mix(_mix(key + _mix(salt[:1] * _GOLDEN + 1)) + _mix(salt[1:] * _GOLDEN + 2))
 
 
-def pick(logits: Tensor, keys: Tensor, step: int, top_k: int, temperature: float) -> Tensor:
+_BLOCK = 64
+
+
+def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row, (rows, vocabulary) → values and tokens (rows, k), in any order.
+
+    The k largest entries lie in the k blocks with the largest maxima, so most of the vocabulary is
+    read once, for the maxima, and never sorted.
+    """
+    rows, vocabulary = logits.shape
+    blocks = -(-vocabulary // _BLOCK)
+    if not 0 < k < blocks // 4:
+        return logits.topk(min(k or vocabulary, vocabulary))
+    if vocabulary % _BLOCK:
+        logits = F.pad(logits, (0, blocks * _BLOCK - vocabulary), value=-torch.inf)
+    cut = logits.view(rows, blocks, _BLOCK)
+    best = cut.amax(-1).topk(k, sorted=False).indices
+    inside = cut.gather(1, best[..., None].expand(-1, -1, _BLOCK)).view(rows, -1)
+    tokens = (best[..., None] * _BLOCK + torch.arange(_BLOCK, device=best.device)).view(rows, -1)
+    values, where = inside.topk(k)
+    return values, tokens.gather(1, where)
+
+
+def pick(logits: Tensor, keys: Tensor, step: int | Tensor, top_k: int, temperature: float) -> Tensor:
     """Draw the next token of every row: (rows, vocabulary) → (rows,).
 
     ``top_k`` 0 keeps the whole vocabulary; ``temperature`` 0 takes the most likely token.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values, tokens = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    best = (values / temperature + gumbel(keys, step, tokens)).argmax(-1, keepdim=True)
+    values, tokens = top(logits, top_k)
+    best = (values.float() / temperature + gumbel(keys, step, tokens)).argmax(-1, keepdim=True)
     return tokens.gather(-1, best)[:, 0]
 
 
@@ -110,39 +146,200 @@ def encode(lm: LM, prompts: Sequence[str], max_prompt_tokens: int | None = None)
     return [ids[:max_prompt_tokens] for ids in lm.tokenizer(list(prompts))["input_ids"]]
 
 
-def _generate(
-    lm: LM, ids: Tensor, masks: Tensor, keys: Tensor, steps: int, top_k: int, temperature: float
-) -> Tensor:
-    """Sample for a batch of equally long prompts.
+def batch_sizes(lm: LM, length: int, memory_gib: float | None = None) -> tuple[int, int]:
+    """Rows per decoding batch and tokens per batch of a full pass that fit into memory.
 
-    ids (rows, length), masks (rows, layers, heads), keys (seeds, rows) → (seeds, rows, steps).
-    All seeds share the pass over the prompt.
+    Never more than what keeps the device busy (256 rows, 4,096 tokens on a CPU; 2,048 and 65,536 on a
+    GPU), so that machines with enough memory use the same batches.
+
+    Parameters
+    ----------
+    length
+        Tokens of a sequence, prompt and continuation.
+    memory_gib
+        The budget; None takes half of what is free.
+
+    Raises
+    ------
+    ValueError
+        If the budget isn't positive.
     """
-    seeds, rows = keys.shape
-    eos = lm.model.generation_config.eos_token_id
-    eos = torch.tensor([eos] if isinstance(eos, int) else eos or [-1], device=lm.device)
-    out = torch.full((rows * seeds, steps), -1, dtype=torch.int64, device=lm.device)
-    done = torch.zeros(rows * seeds, dtype=torch.bool, device=lm.device)
-    keys = keys.T.reshape(-1)  # row-major: the seeds of a row are neighbours
-    cache = None
-    if ids.shape[1] > 1:
-        with masked(lm, masks):
-            cache = lm.model.base_model(ids[:, :-1], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(seeds)
-    # The prompt's last token goes in as a first decoding step: asking the prompt pass for one
-    # position's logits makes torch copy the unembedding once per row.
-    token = ids[:, -1].repeat_interleave(seeds)
-    with masked(lm, masks.repeat_interleave(seeds, 0)):
-        for step in range(steps):
+    if memory_gib is not None and not memory_gib > 0:
+        raise ValueError(
+            f"memory_gib = {memory_gib}: give a positive number, or None for half of what is free."
+        )
+    gpu = lm.device.type == "cuda"
+    if memory_gib is None:
+        free = torch.cuda.mem_get_info(lm.device)[0] if gpu else psutil.virtual_memory().available
+        memory_gib = free / 2 / 2**30
+    a, bytes_each = lm.anatomy, lm.dtype.itemsize
+    config = lm.model.config.get_text_config()
+    past = 2 * a.n_layers * a.n_kv_heads * a.head_dim * bytes_each  # keys and values of a token
+    logits = config.vocab_size * (bytes_each + 4)
+    row = 3 * past * length + logits  # waiting, in the batch, and while the batch grows
+    token = past + logits + (a.n_layers * config.hidden_size + 4 * a.n_units) * bytes_each
+    most_rows, most_tokens = (2048, 65536) if gpu else (256, 4096)
+    budget = memory_gib * 2**30
+    return max(1, min(most_rows, int(budget / row))), max(length, min(most_tokens, int(budget / token)))
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How tokens are drawn, and where they go."""
+
+    lm: LM
+    masks: Tensor  # (masks, layers, heads), on the CPU
+    out: Tensor  # (samples, steps) int64 on the device, filled row by row
+    keys: Tensor  # (samples,) noise streams on the device
+    top_k: int
+    temperature: float
+
+    @property
+    def steps(self) -> int:
+        return self.out.shape[1]
+
+    def ends(self) -> Tensor:
+        """The end-of-text tokens, on the device."""
+        eos = self.lm.model.generation_config.eos_token_id
+        return torch.tensor([eos] if isinstance(eos, int) else eos or [-1], device=self.lm.device)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Rows of one length that are ready to be decoded. ``sample`` and ``mask`` are on the CPU."""
+
+    past: list[tuple[Tensor, Tensor]]  # keys and values of each layer (rows, heads, tokens, width)
+    length: int  # number of tokens in ``past``
+    token: Tensor  # (rows,) the token that comes next, not in ``past`` yet
+    step: int  # the new token that is to be drawn after it
+    sample: Tensor  # (rows,) row of ``_Sampling.out``
+    mask: Tensor  # (rows,)
+
+    def part(self, rows: Tensor) -> _Waiting:
+        past = [(k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.past]
+        token = self.token[rows.to(self.token.device)]
+        return _Waiting(past, self.length, token, self.step, self.sample[rows], self.mask[rows])
+
+
+def _past(layers: Sequence[Any], rows: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of some rows of a cache's layers, cut to a length."""
+    return [tuple(kv[rows.to(kv.device), :, :length] for kv in (x.keys, x.values)) for x in layers]
+
+
+def _join(cache: DynamicCache, pasts: list[list[tuple[Tensor, Tensor]]]) -> None:
+    """Add rows to a cache of the same length."""
+    for i, layer in enumerate(zip(*pasts, strict=True)):
+        k, v = (list(x) for x in zip(*layer, strict=True))
+        if i < len(cache.layers):
+            own = cache.layers[i]
+            own.keys, own.values = torch.cat([own.keys, *k]), torch.cat([own.values, *v])
+        else:
+            cache.update(torch.cat(k), torch.cat(v), i)
+
+
+def _decode(s: _Sampling, waiting: Sequence[_Waiting]) -> None:
+    """Draw all remaining tokens of some rows, of whatever lengths, in one batch without padding."""
+    lm, device, ends = s.lm, s.lm.device, s.ends()
+    by_length = defaultdict(list)
+    for w in waiting:
+        by_length[w.length].append(w)
+    sample = mask = step = torch.empty(0, dtype=torch.int64)  # of the rows in the batch, on the CPU
+    token = torch.empty(0, dtype=torch.int64, device=device)
+    done = torch.empty(0, dtype=torch.bool, device=device)
+    cache, length = DynamicCache(), 0
+    with ExitStack() as hooks:
+        while by_length or len(sample):
+            length = length if len(sample) else min(by_length)
+            joining = by_length.pop(length, [])
+            keep = step < s.steps
+            if length % 8 == 0 and len(keep):  # seldom: this makes the CPU wait for the device
+                keep &= ~done.cpu()
+            if joining or not bool(keep.all()):
+                kept = keep.nonzero()[:, 0]
+                if not len(kept):
+                    cache = DynamicCache()
+                elif len(kept) < len(keep):
+                    cache.batch_select_indices(kept.to(device))
+                sample = torch.cat([sample[kept], *(w.sample for w in joining)])
+                mask = torch.cat([mask[kept], *(w.mask for w in joining)])
+                step = torch.cat([step[kept], *(torch.full_like(w.sample, w.step) for w in joining)])
+                token = torch.cat([token[kept.to(device)], *(w.token for w in joining)])
+                done = torch.cat([done[kept.to(device)], *(torch.zeros_like(w.token) > 0 for w in joining)])
+                _join(cache, [w.past for w in joining])
+                if not len(sample):
+                    continue
+                hooks.close()
+                hooks.enter_context(masked(lm, s.masks[mask]))
+                where, keys, at = sample.to(device), s.keys[sample.to(device)], step.to(device)
             forward = lm.model(token[:, None], past_key_values=cache, use_cache=True)
             cache = forward.past_key_values
-            token = pick(forward.logits[:, -1], keys, step, top_k, temperature)
-            out[:, step] = torch.where(done, -1, token)
-            done |= torch.isin(token, eos)
-            # Asking the device whether all are done stalls it, so ask seldom.
-            if step % 8 == 7 and bool(done.all()):
-                break
-    return out.view(rows, seeds, steps).transpose(0, 1)
+            token = pick(forward.logits[:, -1], keys, at, s.top_k, s.temperature)
+            s.out[where, at] = torch.where(done, -1, token)
+            done = done | torch.isin(token, ends)
+            step, at, length = step + 1, at + 1, length + 1
+
+
+def _in_batches(s: _Sampling, waiting: Sequence[_Waiting]) -> None:
+    """``_decode``, in halves where memory doesn't suffice."""
+    group = torch.cat([torch.full_like(w.sample, i) for i, w in enumerate(waiting)])
+    row = torch.cat([torch.arange(len(w.sample)) for w in waiting])
+
+    def run(group: Tensor, row: Tensor) -> None:
+        _decode(s, [waiting[i].part(row[group == i]) for i in group.unique().tolist()])
+
+    in_halves(run, group, row)
+
+
+def _prompt_pass(s: _Sampling, ids: Tensor, sample: Tensor, mask: Tensor) -> _Waiting:
+    """Rows (rows, length) of equally long prompts under their masks; sample (rows, seeds)."""
+    seeds = sample.shape[1]
+    past = []
+    if ids.shape[1] > 1:
+        # The last token goes in as the first decoding step: asking the prompt pass for one position's
+        # logits makes torch copy the unembedding once per row.
+        cache = DynamicCache()
+        with masked(s.lm, s.masks[mask]):
+            s.lm.model.base_model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        past = _past(cache.layers, torch.arange(len(ids)).repeat_interleave(seeds), ids.shape[1] - 1)
+    token = ids[:, -1].repeat_interleave(seeds)
+    return _Waiting(past, ids.shape[1] - 1, token, 0, sample.reshape(-1), mask.repeat_interleave(seeds))
+
+
+def _replay(
+    s: _Sampling, start: Start, clean: DynamicCache, ids: Tensor, draft: Tensor, sample: Tensor,
+    mask: Tensor, row: Tensor,
+) -> list[_Waiting]:  # fmt: skip
+    """Check drafts by one pass; keep each up to its first wrong token, mend that, return the rest.
+
+    ids (drafts, tokens): prompt and all but the last token of draft (drafts, steps). sample, mask and
+    row (rows,) say which pairs are checked.
+    """
+    on_device, n = row.to(ids.device), s.steps
+    length = ids.shape[1] - n + 1  # of the prompt
+    cache = DynamicCache()
+    keep = torch.arange(length - 1, ids.shape[1], device=ids.device)
+    with start(s.masks[mask], row):
+        logits = s.lm.model(ids[on_device], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    steps = torch.arange(n, device=ids.device).repeat(len(row))
+    keys = s.keys[sample.to(ids.device)].repeat_interleave(n)
+    picks = pick(logits.flatten(0, 1), keys, steps, s.top_k, s.temperature).view(-1, n)
+    given = draft[on_device]
+    is_end = torch.isin(given, s.ends())
+    wrong = (picks != given) & (is_end.cumsum(1) - is_end.int() == 0)
+    first = torch.where(wrong.any(1), wrong.int().argmax(1), n)
+    at = torch.arange(n, device=ids.device)
+    right = torch.where(at < first[:, None], given, torch.where(at == first[:, None], picks, -1))
+    s.out[sample.to(ids.device)] = right
+    mended = picks.gather(1, first.clamp(max=n - 1)[:, None])[:, 0]
+    first = torch.where(torch.isin(mended, s.ends()), n, first).cpu()
+    rest = []
+    for t in first[first < n - 1].unique().tolist():
+        here = (first == t).nonzero()[:, 0]
+        below = _past(clean.layers[: start.layer], row[here], length + t)  # as in the unmodified model
+        past = below + _past(cache.layers[start.layer :], here, length + t)
+        token = mended[here.to(mended.device)]
+        rest.append(_Waiting(past, length + t, token, t + 1, sample[here], mask[here]))
+    return rest
 
 
 @torch.inference_mode()
@@ -153,17 +350,18 @@ def sample(
     masks: Tensor | None = None,
     seeds: Sequence[int] = (0,),
     streams: Sequence[int] | None = None,
+    draft: np.ndarray | None = None,
     max_new_tokens: int = 40,
     top_k: int = 50,
     temperature: float = 1.0,
     max_prompt_tokens: int | None = None,
     batch_rows: int = 256,
+    batch_tokens: int = 4096,
     progress: str | None = None,
 ) -> Continuations:
     """Continue every prompt under every mask and seed.
 
-    Prompts of equal length share a batch, so nothing is padded. Runs out of memory: the batch is
-    halved and tried again.
+    Nothing is padded. Runs out of memory: the batch is halved and tried again.
 
     Parameters
     ----------
@@ -172,10 +370,14 @@ def sample(
     streams
         One integer per mask, mixed into its noise. The default gives all masks the same noise
         (coupled); different integers make them independent, as in the published procedure.
+    draft
+        (seeds, prompts, steps) continuations to try first, such as ``Continuations.tokens[0]`` of the
+        unmodified model with the same seeds. Changes the time it takes, never the result (but for
+        rounding).
     max_prompt_tokens
         Prompts are cut to this many tokens (FASP: 22). None doesn't cut.
-    batch_rows
-        Sequences per batch, masks × prompts × seeds.
+    batch_rows, batch_tokens
+        Sequences per batch when decoding, and tokens per batch when checking drafts.
     progress
         Label of a progress bar; None for none.
 
@@ -183,7 +385,7 @@ def sample(
     ------
     ValueError
         Empty prompts, prompt + continuation longer than the context, sampling settings out of
-        range, or masks that don't fit the model.
+        range, or masks or a draft that don't fit.
     torch.OutOfMemoryError
         If a single row doesn't fit.
     """
@@ -193,7 +395,7 @@ def sample(
             f"{max_new_tokens}, {top_k}, {temperature}, {batch_rows}, {list(seeds)}."
         )
     a = lm.anatomy
-    masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks
+    masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks.cpu()
     if masks.dim() != 3 or tuple(masks.shape[1:]) != (a.n_layers, a.n_heads):
         raise ValueError(
             f"masks have shape {tuple(masks.shape)}; expected (masks, {a.n_layers}, {a.n_heads})."
@@ -208,65 +410,89 @@ def sample(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context "
             f"of {lm.context}: shorten the prompt, or set max_prompt_tokens."
         )
-    # keys (streams, seeds, prompts); masks usually share one stream
-    distinct = {s: torch.stack([stream_keys(prompts, seed, s) for seed in seeds]) for s in set(streams)}
     shape = (len(masks), len(seeds), len(prompts))
-    tokens = np.full((*shape, max_new_tokens), -1, dtype=np.int64)
-    shown = bar(total=int(np.prod(shape)), desc=progress, unit="text")
-
-    def run(jobs: list[tuple[int, int]]) -> None:
-        m, p = (torch.tensor(x) for x in zip(*jobs, strict=True))
-        keys = torch.stack([distinct[streams[i]][:, j] for i, j in jobs], dim=1)
-        batch = torch.tensor([ids[j] for _, j in jobs], device=lm.device)
-        try:
-            out = _generate(
-                lm, batch, masks[m].to(lm.device), keys.to(lm.device), max_new_tokens, top_k, temperature
-            )
-        except torch.OutOfMemoryError:
-            if len(jobs) == 1:
-                raise
-            out = None  # retry outside the handler, which would keep the failed batch alive
-        if out is None:
-            torch.cuda.empty_cache()
-            run(jobs[: len(jobs) // 2])
-            run(jobs[len(jobs) // 2 :])
-            return
-        tokens[m.numpy(), :, p.numpy()] = out.transpose(0, 1).cpu().numpy()
-        shown.update(len(jobs) * len(seeds))
-
-    per_batch = max(1, batch_rows // len(seeds))
-    for length in sorted({len(x) for x in ids}):
-        same = [j for j, x in enumerate(ids) if len(x) == length]
+    if draft is not None and draft.shape != (*shape[1:], max_new_tokens):
+        raise ValueError(f"draft has shape {draft.shape}; expected {(*shape[1:], max_new_tokens)}.")
+    distinct = {x: torch.stack([stream_keys(prompts, seed, x) for seed in seeds]) for x in set(streams)}
+    s = _Sampling(
+        lm,
+        masks,
+        torch.full((int(np.prod(shape)), max_new_tokens), -1, device=lm.device),
+        torch.stack([distinct[x] for x in streams]).reshape(-1).to(lm.device),
+        top_k,
+        temperature,
+    )
+    number = torch.arange(int(np.prod(shape))).view(shape)  # of a sample: its row in s.out
+    shown = bar(total=number.numel(), desc=progress, unit="text")
+    if draft is None:
         # masks outermost: neighbouring rows then touch few layers
-        jobs = [(i, j) for i in range(len(masks)) for j in same]
-        for start in range(0, len(jobs), per_batch):
-            run(jobs[start : start + per_batch])
+        jobs = torch.cartesian_prod(torch.arange(len(masks)), torch.arange(len(prompts)))
+
+        def run(mask: Tensor, prompt: Tensor) -> None:
+            lengths = torch.tensor([len(ids[j]) for j in prompt])
+            waiting = []
+            for length in lengths.unique():
+                m, p = mask[lengths == length], prompt[lengths == length]
+                batch = torch.tensor([ids[j] for j in p], device=lm.device)
+                waiting.append(_prompt_pass(s, batch, number[m, :, p], m))
+            _decode(s, waiting)
+            shown.update(len(mask) * len(seeds))
+
+        for mask, prompt in (job.T for job in jobs.split(max(1, batch_rows // len(seeds)))):
+            in_halves(run, mask, prompt)
+    else:
+        waiting: list[_Waiting] = []
+
+        def check(
+            start: Start,
+            clean: DynamicCache,
+            ids: Tensor,
+            given: Tensor,
+            of: Tensor,
+            mask: Tensor,
+            row: Tensor,
+        ) -> None:
+            waiting.extend(_replay(s, start, clean, ids, given, of[mask, row], mask, row))
+
+        for index, batch, given in _batches(lm, prompts, draft, max_prompt_tokens, batch_tokens):
+            clean = DynamicCache()
+            of = number[:, index // len(prompts), index % len(prompts)]
+            for mask, row, start in passes(lm, masks, batch, batch_tokens // batch.shape[1], clean):
+                in_halves(partial(check, start, clean, batch, given, of), mask, row)
+                shown.update(len(mask))
+                if sum(len(w.sample) for w in waiting) >= batch_rows:
+                    _in_batches(s, waiting)
+                    waiting.clear()
+        if waiting:
+            _in_batches(s, waiting)
     shown.close()
+    tokens = s.out.view(*shape, max_new_tokens).cpu().numpy()
     return Continuations(tokens=tokens, texts=decode(lm, tokens))
 
 
 def _log_prob(lm: LM, ids: Tensor, steps: Tensor, top_k: int, temperature: float) -> Tensor:
-    """Log-probability of sampling the last tokens of some rows: ids (rows, length) → (rows,).
+    """Log-probability of sampling steps (rows, n), −1 where they don't count: (rows,).
 
-    steps (rows, n): the n last tokens again, −1 where they don't count. Keeps gradients.
+    ids (rows, length): the prompt and all but the last of the steps. Keeps gradients.
     """
     length, n = ids.shape[1], steps.shape[1]
     # as a tensor, not a number: indexing then copies only what is kept
-    keep = torch.arange(length - n - 1, length - 1, device=ids.device)
-    logits = lm.model(ids, use_cache=False, logits_to_keep=keep).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    chosen = logits.gather(-1, steps.clamp(min=0)[..., None])[..., 0]
+    keep = torch.arange(length - n, length, device=ids.device)
+    logits = lm.model(ids, use_cache=False, logits_to_keep=keep).logits.flatten(0, 1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    chosen = logits.gather(-1, steps.clamp(min=0).view(-1, 1)).to(wide) / temperature
+    kept = (top(logits, top_k)[0] if top_k else logits).to(wide) / temperature
     if top_k:
-        logits = logits.topk(min(top_k, logits.shape[-1])).values
-        chosen = chosen.masked_fill(chosen < logits[..., -1], -torch.inf)
-    each = chosen - logits.logsumexp(-1)
+        chosen = chosen.masked_fill(chosen < kept.amin(-1, keepdim=True), -torch.inf)
+    each = (chosen[:, 0] - kept.logsumexp(-1)).view(steps.shape)
     return torch.where(steps >= 0, each, 0).sum(-1)
 
 
 def _batches(
     lm: LM, prompts: Sequence[str], tokens: np.ndarray, max_prompt_tokens: int | None, batch_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Samples of equal prompt length: (index into seeds · prompts, ids, steps), all on the device."""
+    """Samples of equal prompt length: their index into seeds · prompts, ids of the prompt and all but
+    the last token of the continuation, and the continuation; the last two on the device."""
     encoded = encode(lm, prompts, max_prompt_tokens)
     flat = torch.from_numpy(tokens.reshape(-1, tokens.shape[-1]))
     for length in sorted({len(x) for x in encoded}):
@@ -275,7 +501,7 @@ def _batches(
         for index in which.split(max(1, batch_tokens // (length + flat.shape[1]))):
             start = torch.tensor([encoded[int(i) % len(prompts)] for i in index])
             steps = flat[index]
-            ids = torch.cat([start, steps.clamp(min=0)], 1)
+            ids = torch.cat([start, steps[:, :-1].clamp(min=0)], 1)
             yield index, ids.to(lm.device), steps.to(lm.device)
 
 
@@ -318,25 +544,17 @@ def log_prob(
         If temperature is 0.
     """
     _check_random(temperature)
-    start = first_masked_layer(masks)
     out = np.empty((len(masks), tokens.shape[0] * tokens.shape[1]))
+
+    def run(start: Start, index: Tensor, ids: Tensor, steps: Tensor, mask: Tensor, row: Tensor) -> None:
+        here = row.to(lm.device)
+        with start(masks[mask], row):
+            value = _log_prob(lm, ids[here], steps[here], top_k, temperature)
+        out[mask.numpy(), index[row].numpy()] = value.double().cpu().numpy()
+
     for index, ids, steps in _batches(lm, prompts, tokens, max_prompt_tokens, batch_tokens):
-        with recorded(lm, set(start) - {0}) as clean:
-            if any(start):
-                lm.model.base_model(ids, use_cache=False)
-        rows = max(1, batch_tokens // ids.shape[1])
-        for layer in sorted(set(start)):
-            here = torch.tensor([i for i, s in enumerate(start) if s == layer])
-            for job in torch.cartesian_prod(here, torch.arange(len(index))).split(rows):
-                m, j = job.T
-                on_device = j.to(lm.device)
-                with ExitStack() as stack:
-                    if layer:
-                        hidden = clean.hidden[layer][on_device]
-                        stack.enter_context(resumed(lm, layer, hidden, clean.returns_tuple))
-                    stack.enter_context(masked(lm, masks[m]))
-                    value = _log_prob(lm, ids[on_device], steps[on_device], top_k, temperature)
-                out[m.numpy(), index[j].numpy()] = value.double().cpu().numpy()
+        for mask, row, start in passes(lm, masks, ids, batch_tokens // ids.shape[1]):
+            in_halves(partial(run, start, index, ids, steps), mask, row)
     return out.reshape(len(masks), *tokens.shape[:2])
 
 

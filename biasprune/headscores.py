@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from biasprune import measure, record
+from biasprune import measure, record, select
 from biasprune.ablate import head_masks, masked
-from biasprune.decode import Continuations, encode, log_prob, log_prob_gradient, sample
+from biasprune.decode import Continuations, batch_sizes, log_prob, log_prob_gradient, sample
 from biasprune.judge import Judge
 from biasprune.lm import LM
 from biasprune.progress import bar
 
-FIDELITIES = ("naive", "exact", "importance", "gradient")
+FIDELITIES = ("naive", "exact", "importance", "gradient", "adaptive")
 
 
 def judged_text(prompts: Sequence[str], texts: np.ndarray, rule: str = "corrected") -> np.ndarray:
@@ -49,247 +52,254 @@ class _Task:
     """What every fidelity works on."""
 
     lm: LM
-    prompts: pd.DataFrame
+    heads: np.ndarray  # flat indices of the heads to score
+    prompts: pd.DataFrame  # rows of all axes
+    texts: list[str]  # the distinct prompts among them
     judge: Judge
     windows: measure.Windows
     base: Continuations  # of the unpruned model
-    base_scores: np.ndarray  # (seeds, prompts)
+    base_scores: np.ndarray  # (seeds, texts)
+    base_nll: np.ndarray  # (1, windows)
     rule: str
     sampling: dict
+    coupled: bool
     batch_rows: int
     batch_tokens: int
     max_weight: float
+    n_boot: int
 
-    @property
-    def texts(self) -> list[str]:
-        return list(self.prompts["prompt"])
+    def part(self, which: np.ndarray) -> _Task:
+        """The same task on some of the texts."""
+        base = Continuations(tokens=self.base.tokens[:, :, which], texts=self.base.texts[..., which])
+        texts = [self.texts[i] for i in which]
+        return replace(self, texts=texts, base=base, base_scores=self.base_scores[:, which])
 
     def replay(self, batch_tokens: int) -> dict:
         """Options of ``log_prob`` and ``log_prob_gradient``."""
         keep = ("top_k", "temperature", "max_prompt_tokens")
         return {**{k: self.sampling[k] for k in keep}, "batch_tokens": batch_tokens}
 
+    def nll(self, heads: Sequence[int]) -> np.ndarray:
+        """Loss per window without each head: (heads, windows)."""
+        masks = head_masks(self.lm.anatomy, [[int(h)] for h in heads])
+        return measure.nll(self.lm, self.windows, masks, batch_tokens=self.batch_tokens)
 
-# Each fidelity gives, for some heads: values and sizes (heads, seeds, prompts), whose ratio of sums
-# is a group's mean score without the head; nll (heads, windows); changed and ess (heads,).
+
+# What the fidelities measure, (heads, seeds, texts) unless said otherwise. It holds for every axis:
+# what an axis makes of it is ``_estimate``.
 
 
-def _by_sampling(task: _Task, heads: Sequence[int], one_by_one: bool) -> dict[str, np.ndarray]:
-    """Generate without each head, judge, and measure perplexity: "naive" and "exact"."""
-    masks = head_masks(task.lm.anatomy, [[h] for h in heads])
-    groups = masks.split(1 if one_by_one else len(masks))
+def _rewritten(task: _Task, heads: Sequence[int], one_by_one: bool = False) -> dict[str, np.ndarray]:
+    """Texts written without each head, judged: "naive" one by one, "exact" all together."""
     judge = task.judge.fresh if one_by_one else task.judge
-    values, losses, changed = [], [], []
-    for group in groups:
-        written = sample(task.lm, task.texts, masks=group, batch_rows=task.batch_rows, **task.sampling)
-        values.append(judge_continuations(task.texts, written, judge, task.rule))
-        losses.append(measure.nll(task.lm, task.windows, group, batch_tokens=task.batch_tokens))
-        changed.append((written.tokens != task.base.tokens).any(-1).mean((1, 2)))
-    scores = np.concatenate(values)
-    return {
-        "values": scores,
-        "sizes": np.ones_like(scores),
-        "nll": np.concatenate(losses),
-        "changed": np.concatenate(changed),
-        "ess": np.ones(len(heads)),
-    }
+    draft = None if one_by_one or not task.coupled else task.base.tokens[0]
+    options = {**task.sampling, "batch_rows": task.batch_rows, "batch_tokens": task.batch_tokens}
+    scores, changed = [], []
+    for some in np.split(np.array(heads), len(heads) if one_by_one else 1):
+        masks = head_masks(task.lm.anatomy, [[int(h)] for h in some])
+        streams = [0 if task.coupled else int(h) + 1 for h in some]
+        written = sample(task.lm, task.texts, masks=masks, streams=streams, draft=draft, **options)
+        scores.append(judge_continuations(task.texts, written, judge, task.rule))
+        changed.append((written.tokens != task.base.tokens).any(-1))
+    return {"scores": np.concatenate(scores), "changed": np.concatenate(changed)}
 
 
-def _by_importance(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
-    """Weigh the unpruned model's continuations by how likely each is without the head."""
-    a = task.lm.anatomy
-    masks = head_masks(a, [[], *([h] for h in heads)])
-    own, *without = log_prob(
-        task.lm, task.texts, task.base.tokens[0], masks, **task.replay(task.batch_tokens)
-    )
-    weight = np.exp(np.minimum(np.stack(without) - own, np.log(task.max_weight)))
-    total = weight.sum((1, 2))
-    return {
-        "values": weight * task.base_scores,
-        "sizes": weight,
-        "nll": measure.nll(task.lm, task.windows, masks[1:], batch_tokens=task.batch_tokens),
-        "changed": np.full(len(heads), np.nan),
-        "ess": total**2 / (weight**2).sum((1, 2)) / weight[0].size,
-    }
+def _naive(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
+    losses = [task.nll([h]) for h in heads]
+    return {**_rewritten(task, heads, one_by_one=True), "nll": np.concatenate(losses)}
 
 
-def _by_gradient(task: _Task) -> dict[str, np.ndarray]:
-    """First-order effects of all heads: one forward and backward pass over texts, one over windows.
+def _exact(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
+    return {**_rewritten(task, heads), "nll": task.nll(heads)}
 
-    The change of a mean score when a mask goes from 1 to 0 is −E[(score − mean) · ∂log p / ∂mask].
+
+def _log_weights(task: _Task, heads: Sequence[int]) -> np.ndarray:
+    """Log-ratio: how much likelier each of the unpruned model's texts is without the head."""
+    masks = head_masks(task.lm.anatomy, [[], *([int(h)] for h in heads)])
+    tokens = task.base.tokens[0]
+    own, *without = log_prob(task.lm, task.texts, tokens, masks, **task.replay(task.batch_tokens))
+    # Rounding can push a token that was drawn from the top k out of it: nothing is known of such a text.
+    return np.where(np.isinf(own), 0.0, np.stack(without) - np.where(np.isinf(own), 0.0, own))
+
+
+def _importance(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
+    return {"log_weight": _log_weights(task, heads), "nll": task.nll(heads)}
+
+
+def _slopes(task: _Task) -> np.ndarray:
+    """The same log-ratios to first order, of all heads, by one forward and one backward pass."""
+    options = task.replay(task.batch_tokens // 4)
+    gradient = log_prob_gradient(task.lm, task.texts, task.base.tokens[0], **options)
+    return -np.moveaxis(gradient.reshape(*gradient.shape[:2], -1), -1, 0)[task.heads]
+
+
+def _gradient(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
+    loss = np.concatenate(list(_nll_gradients(task.lm, task.windows, task.batch_tokens // 4)))
+    return {"slope": _slopes(task), "nll": (task.base_nll - loss.reshape(len(loss), -1).T)[heads]}
+
+
+def _weight(log_weight: np.ndarray, max_weight: float) -> np.ndarray:
+    # The floor matters where no text of a group could have been written without the head: its mean is
+    # then the unpruned model's, and ``ess`` says that nothing is known.
+    return np.exp(np.clip(log_weight, -20, np.log(max_weight)))
+
+
+def _ess(log_weight: np.ndarray, max_weight: float) -> np.ndarray:
+    """Effective share of the measured samples, (heads, seeds, texts) → (heads,); NaN where none are."""
+    weight = np.exp(np.minimum(log_weight, np.log(max_weight)))
+    total, squares = np.nansum(weight, (1, 2)), np.nansum(weight**2, (1, 2))
+    seen = np.where(np.isnan(weight).all((1, 2)), np.nan, np.isfinite(weight).sum((1, 2)))
+    return total**2 / np.maximum(squares, 1e-300) / seen
+
+
+def _rounds(groups: np.ndarray, first: int) -> list[np.ndarray]:
+    """Texts in parts that double: ``first`` of every group, as many again, twice as many, …"""
+    rng = np.random.default_rng(0)
+    rank = np.empty(len(groups), dtype=int)
+    for g in np.unique(groups):
+        own = np.flatnonzero(groups == g)
+        rank[own] = rng.permutation(len(own))
+    edges = [0, first]
+    while edges[-1] <= rank.max():
+        edges.append(2 * edges[-1])
+    return [np.flatnonzero((rank >= a) & (rank < b)) for a, b in pairwise(edges)]
+
+
+def _adaptive(
+    task: _Task,
+    stored: Callable[[str, Callable[[], dict]], dict],
+    first: int,
+    min_ess: float,
+    cut: tuple[float, float] | None,
+) -> dict[str, np.ndarray]:
+    """Slopes for all texts, weights for some of them, new texts for heads whose weights degenerate.
+
+    After each round half of the heads go on to twice as many texts: those with the largest standard
+    error or, with ``cut`` = (γ, α), those whose place in FASP's selection is least certain.
     """
-    a = task.lm.anatomy
-    gradient = log_prob_gradient(
-        task.lm, task.texts, task.base.tokens[0], **task.replay(task.batch_tokens // 4)
-    )
-    per_head = np.moveaxis(gradient.reshape(*gradient.shape[:2], a.n_flat), -1, 0)  # (N, seeds, prompts)
-    _, group = np.unique(task.prompts["bucket"].astype(str), return_inverse=True)
-    means = measure.group_means(task.base_scores.mean(0), task.prompts["bucket"])
-    values = task.base_scores - (task.base_scores - means[group]) * per_head
-    own = measure.nll(task.lm, task.windows, batch_tokens=task.batch_tokens)
-    slope = np.concatenate(list(_nll_gradients(task.lm, task.windows, task.batch_tokens // 4)))
-    return {
-        "values": values,
-        "sizes": np.ones_like(values),
-        "nll": own - slope.reshape(len(slope), -1).T,
-        "changed": np.full(a.n_flat, np.nan),
-        "ess": np.full(a.n_flat, np.nan),
-    }
+    n = len(task.heads)
+    shape = (n, *task.base_scores.shape)
+    got = {name: np.full(shape, np.nan) for name in ("log_weight", "scores")}
+    got["nll"] = stored("perplexity", lambda: {"nll": task.nll(task.heads)})["nll"]
+    got["slope"] = stored("slopes", lambda: {"slope": _slopes(task)})["slope"]
+    groups = task.prompts.drop_duplicates("prompt")["bucket"].astype(str).to_numpy()
+    heads, rewrite, per_file = np.arange(n), np.zeros(n, dtype=bool), 4 * task.lm.anatomy.n_heads
+    for number, which in enumerate(_rounds(groups, first)):
+        part = task.part(which)
+
+        def fill(name: str, some: np.ndarray, make: Callable, number: int = number, which=which) -> None:
+            for chunk in np.split(some, range(per_file, len(some), per_file)):
+                file = f"round_{number}_{name}_{chunk[0]:05d}-{chunk[-1]:05d}"
+                got[name][np.ix_(chunk, range(shape[1]), which)] = stored(file, partial(make, chunk))[name]
+
+        if not rewrite[heads].all():
+            fill(
+                "log_weight",
+                heads[~rewrite[heads]],
+                lambda c, t=part: {"log_weight": _log_weights(t, task.heads[c])},
+            )
+        if number == 0:
+            rewrite = ~(_ess(got["log_weight"], task.max_weight) >= min_ess)
+        if rewrite[heads].any():
+            fill("scores", heads[rewrite[heads]], lambda c, t=part: _rewritten(t, task.heads[c]))
+        frame = _frame(task, task.prompts, got)
+        order = frame["z_bias_se"] if cut is None else -_certainty(frame, *cut)
+        heads = np.sort(order.loc[heads].nlargest(len(heads) // 2).index)
+        if not len(heads):
+            break
+    return got
 
 
-def _layers_at_once(lm: LM, prompts: pd.DataFrame, n_seeds: int, batch_rows: int) -> int:
-    """Layers per checkpoint: enough that prompts of equal length fill a batch, at most four."""
-    lengths = len({len(x) for x in encode(lm, list(prompts["prompt"]))})
-    rows_per_layer = lm.anatomy.n_heads * len(prompts) * n_seeds / lengths
-    return int(np.clip(batch_rows / rows_per_layer, 1, min(4, lm.anatomy.n_layers)))
+def _certainty(frame: pd.DataFrame, gamma: float, alpha: float) -> pd.Series:
+    """Distance to FASP's cut in standard errors; infinite for heads that γ protects."""
+    chosen = select.fasp(frame["bias_without"], frame["ppl_without"], gamma=gamma, alpha=alpha)
+    kept = frame["ppl_without"].rank(method="first") <= len(frame) - int(gamma * len(frame))
+    inside = frame.loc[chosen, "z_bias"].min()
+    outside = frame.loc[kept & ~frame.index.isin(chosen), "z_bias"].max()
+    distance = (frame["z_bias"] - (inside + outside) / 2).abs() / frame["z_bias_se"].clip(lower=1e-12)
+    return distance.where(kept, np.inf)
 
 
-def score(
-    lm: LM,
-    prompts: pd.DataFrame,
-    judge: Judge,
-    windows: measure.Windows,
-    *,
-    fidelity: str = "exact",
-    rule: str = "corrected",
-    seeds: Sequence[int] = (0,),
-    max_new_tokens: int = 40,
-    top_k: int = 50,
-    temperature: float = 1.0,
-    max_prompt_tokens: int | None = 22,
-    batch_rows: int = 256,
-    batch_tokens: int = 4096,
-    max_weight: float = 20.0,
-    n_boot: int = 1000,
-    checkpoint: Path | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Score every head by removing it: z_bias and z_ppl with standard errors.
+def _estimate(
+    of: dict[str, np.ndarray], base: np.ndarray, group: np.ndarray, max_weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and sizes (heads, seeds, prompts): a group's mean without a head is Σ values / Σ sizes.
 
-    Parameters
-    ----------
-    prompts
-        One axis: columns prompt and bucket; weight if the axis mean isn't over prompts alike.
-    fidelity
-        "naive": one generation per head, every text judged; the oracle.
-        "exact": heads as rows of one batch, equal texts judged once. Sees the same noise as
-        "naive", so in float32 it gives the same tokens.
-        "importance": no further generation; the unpruned model's continuations are weighed by how
-        likely each would be without the head (self-normalised per group, weights cut at
-        ``max_weight``). Look at ``ess``: where it is small, the head changes the model too much.
-        "gradient": first-order effects of all heads from one forward and one backward pass.
-    rule
-        What the judge reads, see ``judged_text``.
-    checkpoint
-        Folder for the raw scores, written every one to four layers. A run that was stopped goes on
-        after the last file, with the same result. Runs with other settings don't mix: the
-        subfolder's name is a digest of everything that decides the result.
-
-    Returns
-    -------
-    DataFrame
-        One row per head: flat, layer, head, axis, fidelity; bias, ppl (unpruned model);
-        bias_without, ppl_without; z_bias = bias − bias_without (positive: the head adds bias);
-        z_ppl = ppl_without − ppl (positive: the head matters for language modelling); z_bias_se,
-        z_ppl_se (bootstrap over prompts within groups, and over windows); score_without (mean
-        judge score); changed (share of continuations that differ from the unpruned model's; NaN
-        where none were generated); ess (effective share of the sample, by importance weights; 1
-        where texts were generated, NaN for gradients).
-
-    Raises
-    ------
-    ValueError
-        Unknown fidelity or rule, fewer than two groups, empty or too long prompts.
-
-    Source
-    ------
-    Zayed et al., AAAI 2024; the published procedure stores bias_without and ppl_without.
+    base (seeds, prompts) are the unpruned model's scores, group (prompts,) their group's number.
     """
-    if fidelity not in FIDELITIES:
-        raise ValueError(f"fidelity {fidelity!r}: choose one of {', '.join(FIDELITIES)}.")
-    if rule not in ("corrected", "as_published"):
-        raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
-    texts, buckets = list(prompts["prompt"]), list(prompts["bucket"])
-    weights = prompts["weight"].to_numpy() if "weight" in prompts else None
-    # fail on bad groups before the long work, not after
-    measure.group_bias(np.zeros(len(texts)), buckets, weights)
-    sampling = {
-        "seeds": list(seeds),
-        "max_new_tokens": max_new_tokens,
-        "top_k": top_k,
-        "temperature": temperature,
-        "max_prompt_tokens": max_prompt_tokens,
-    }
-    base = sample(lm, texts, batch_rows=batch_rows, **sampling)
-    base_scores = judge_continuations(texts, base, judge, rule)
-    base_nll = measure.nll(lm, windows, batch_tokens=batch_tokens)
-
-    settings = {
-        "model": lm.revision or lm.name,
-        "dtype": str(lm.dtype),
-        "judge": judge.name,
-        "prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-        "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
-        "code": record.code_sha256(),
-        **{"fidelity": fidelity, "rule": rule, "batch_rows": batch_rows, "batch_tokens": batch_tokens},
-        "max_weight": max_weight,
-        **sampling,
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(checkpoint) / digest if checkpoint else None
-    task = _Task(
-        lm,
-        prompts,
-        judge,
-        windows,
-        base,
-        base_scores[0],
-        rule,
-        sampling,
-        batch_rows,
-        batch_tokens,
-        max_weight,
-    )
-    n = lm.anatomy.n_flat
-    step = n if fidelity == "gradient" else lm.anatomy.n_heads
-    step *= 1 if fidelity == "gradient" else _layers_at_once(lm, prompts, len(seeds), batch_rows)
-    methods = {
-        "naive": lambda heads: _by_sampling(task, heads, one_by_one=True),
-        "exact": lambda heads: _by_sampling(task, heads, one_by_one=False),
-        "importance": lambda heads: _by_importance(task, heads),
-        "gradient": lambda heads: _by_gradient(task),
-    }
-    chunks = []
-    for start in bar(range(0, n, step), desc="heads scored" if progress else None):
-        heads = range(start, min(start + step, n))
-        path = folder and folder / f"heads_{heads[0]:05d}-{heads[-1]:05d}.npz"
-        chunks.append(record.stored_arrays(path, lambda heads=heads: methods[fidelity](heads)))
-    whole = {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
-    return _frame(task, base_nll, whole, n_boot).assign(
-        axis=prompts["axis"].iloc[0] if "axis" in prompts else "", fidelity=fidelity
-    )
+    mean = measure.group_means(base.mean(0), group)[group]
+    if "slope" not in of and "log_weight" in of:
+        weight = _weight(of["log_weight"], max_weight)  # self-normalised
+        return weight * base, weight
+    if "slope" not in of:
+        return of["scores"], np.ones_like(of["scores"])
+    # With E[weight] = 1, (weight − 1) · (score − mean) has the same expectation as the change of the
+    # score; to first order weight − 1 is the slope.
+    cheap = of["slope"] * (base - mean)
+    if "log_weight" not in of:
+        return base + cheap, np.ones_like(cheap)
+    change = (_weight(of["log_weight"], max_weight) - 1) * (base - mean)
+    change = np.where(np.isnan(of["scores"]), change, of["scores"] - base)
+    return base + _controlled(change, cheap, group), np.ones_like(cheap)
 
 
-def _frame(task: _Task, base_nll: np.ndarray, of: dict[str, np.ndarray], n_boot: int) -> pd.DataFrame:
-    """Tidy frame of scores; row 0 of the stacked arrays is the unpruned model."""
-    buckets = list(task.prompts["bucket"])
-    weights = task.prompts["weight"].to_numpy() if "weight" in task.prompts else None
-    values = np.concatenate([task.base_scores[None], of["values"]]).mean(1)  # over seeds
-    sizes = np.concatenate([np.ones_like(task.base_scores)[None], of["sizes"]]).mean(1)
+def _controlled(change: np.ndarray, cheap: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Change measured on some prompts (NaN elsewhere), with its cheap estimate as control variate.
+
+    Both (heads, seeds, prompts) → the same, without NaN. The coefficient that is used on a prompt was
+    fitted on others (two folds), so the group means stay unbiased.
+    """
+    change, cheap = change.mean(1), cheap.mean(1)
+    seen = np.isfinite(change)
+    fold = np.cumsum(seen, 1) % 2
+    slope = []
+    for f in (0, 1):
+        x, y = (np.where(seen & (fold != f), v, 0) for v in (cheap, change))
+        slope.append(((x * y).sum(1) / (x**2).sum(1).clip(1e-30)).clip(0, 1.5))
+    own = np.where(fold == 0, slope[0][:, None], slope[1][:, None])
+    rest = np.where(seen, change - own * cheap, 0)
+    share = np.stack([seen[:, group == g].mean(1) for g in range(group.max() + 1)], 1)[:, group]
+    return ((slope[0] + slope[1])[:, None] / 2 * cheap + rest / share)[:, None]
+
+
+def _arrays(
+    task: _Task, prompts: pd.DataFrame, of: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """What was measured on one axis' prompts, and values and sizes with the unpruned model as row 0."""
+    where = pd.Index(task.texts).get_indexer(prompts["prompt"])
+    own = {k: v[..., where] for k, v in of.items() if v.ndim == 3}
+    _, group = np.unique(prompts["bucket"].astype(str), return_inverse=True)
+    base = task.base_scores[:, where]
+    values, sizes = _estimate(own, base, group, task.max_weight)
+    base = np.broadcast_to(base.mean(0), (1, *values.shape[1:])) if values.shape[1] == 1 else base[None]
+    return own, np.concatenate([base, values]), np.concatenate([np.ones_like(base), sizes])
+
+
+def _frame(task: _Task, prompts: pd.DataFrame, of: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Tidy frame of one axis."""
+    own, values, sizes = _arrays(task, prompts, of)
+    values, sizes = values.mean(1), sizes.mean(1)  # over seeds
+    buckets, weights = _buckets(prompts)
     bias = measure.group_bias(values, buckets, weights, sizes)
-    boot = measure.bootstrap_bias(values, buckets, weights, sizes, n_boot=n_boot)
-    nll = np.concatenate([base_nll, of["nll"]])
+    boot = measure.bootstrap_bias(values, buckets, weights, sizes, n_boot=task.n_boot)
+    nll = np.concatenate([task.base_nll, of["nll"]])
     ppl = measure.perplexity(nll, task.windows)
     n = nll.shape[1]
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_boot)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=task.n_boot)
     ppl_boot = measure.perplexity(nll, task.windows, draws)
-    anatomy = task.lm.anatomy
-    flat = np.arange(anatomy.n_flat)
+    flat = task.heads
+    nothing = np.full(len(flat), np.nan)
+    measured = next(own[k] for k in ("log_weight", "scores", "slope") if k in own)
+    if "log_weight" in of and "scores" in of:  # adaptive: one or the other
+        measured = np.where(np.isnan(own["scores"]), measured, own["scores"])
+    ess = np.ones(len(flat)) if "scores" in of else nothing
+    if "log_weight" in of:
+        ess = _ess(own["log_weight"], task.max_weight)
     return pd.DataFrame(
         {
             "flat": flat,
-            "layer": flat // anatomy.n_heads,
-            "head": flat % anatomy.n_heads,
+            "layer": flat // task.lm.anatomy.n_heads,
+            "head": flat % task.lm.anatomy.n_heads,
             "bias": bias[0],
             "bias_without": bias[1:],
             "z_bias": bias[0] - bias[1:],
@@ -299,10 +309,237 @@ def _frame(task: _Task, base_nll: np.ndarray, of: dict[str, np.ndarray], n_boot:
             "z_ppl": ppl[1:] - ppl[0],
             "z_ppl_se": (ppl_boot[:, 1:] - ppl_boot[:, :1]).std(0, ddof=1),
             "score_without": values[1:].sum(-1) / sizes[1:].sum(-1),
-            "changed": of["changed"],
-            "ess": of["ess"],
+            "changed": own["changed"].mean((1, 2)) if "changed" in own else nothing,
+            "ess": ess,
+            "prompts": (~np.isnan(measured)).all(1).sum(1),
         }
     )
+
+
+@dataclass(frozen=True)
+class HeadSamples:
+    """Scores of every prompt without every head: what the frame and its reliability are made of."""
+
+    task: _Task
+    axes: dict[str, pd.DataFrame]
+    raw: dict[str, np.ndarray]
+    fidelity: str
+
+    def frame(self) -> pd.DataFrame:
+        """The tidy frame, see ``score``."""
+        parts = [
+            _frame(self.task, part, self.raw).assign(axis=name, fidelity=self.fidelity)
+            for name, part in self.axes.items()
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def arrays(self, axis: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Values and sizes (1 + heads, seeds, prompts) of an axis; row 0 is the unpruned model.
+
+        A group's mean score is Σ values / Σ sizes over its prompts. "adaptive" gives one entry for all
+        seeds together.
+        """
+        _, values, sizes = _arrays(self.task, self.axes[axis or next(iter(self.axes))], self.raw)
+        return values, sizes
+
+
+def _buckets(prompts: pd.DataFrame) -> tuple[list[str], np.ndarray | None]:
+    return list(prompts["bucket"]), prompts["weight"].to_numpy() if "weight" in prompts else None
+
+
+def _axes(prompts: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The prompts of every axis, checked before the long work."""
+    if "axis" not in prompts:
+        prompts = prompts.assign(axis="")
+    axes = {str(name): part for name, part in prompts.groupby("axis", sort=False)}
+    for part in axes.values():
+        measure.group_bias(np.zeros(len(part)), *_buckets(part))
+    return axes
+
+
+def _layers_at_once(lm: LM, texts: list[str], n_seeds: int, batch_rows: int) -> int:
+    """Layers per checkpoint: enough to fill a batch, at most four."""
+    return int(
+        np.clip(batch_rows / (lm.anatomy.n_heads * len(texts) * n_seeds), 1, min(4, lm.anatomy.n_layers))
+    )
+
+
+def samples(
+    lm: LM,
+    prompts: pd.DataFrame,
+    judge: Judge,
+    windows: measure.Windows,
+    *,
+    fidelity: str = "exact",
+    heads: Sequence[int] | None = None,
+    rule: str = "corrected",
+    seeds: Sequence[int] = (0,),
+    coupled: bool = True,
+    max_new_tokens: int = 40,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    max_prompt_tokens: int | None = 22,
+    memory_gib: float | None = None,
+    batch_rows: int | None = None,
+    batch_tokens: int | None = None,
+    max_weight: float = 20.0,
+    first: int = 2,
+    min_ess: float = 0.5,
+    cut: tuple[float, float] | None = None,
+    n_boot: int = 1000,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> HeadSamples:
+    """Score every prompt without every head; ``score`` makes the frame of it.
+
+    Parameters
+    ----------
+    prompts
+        Columns prompt and bucket; weight if the axis mean isn't over prompts alike; axis if there are
+        several. All axes share one run: a prompt that stands in two is continued once.
+    fidelity
+        "naive": one generation per head, every text judged; the oracle.
+        "exact": heads as rows of one batch, what the unpruned model wrote as a draft, equal texts
+        judged once. Sees the same noise as "naive", so in float32 it gives the same tokens.
+        "importance": no further generation; the unpruned model's continuations are weighed by how
+        likely each would be without the head (self-normalised per group, weights cut at
+        ``max_weight``). Look at ``ess``: where it is small, the head changes the model too much.
+        "gradient": first-order effects of all heads from one forward and one backward pass.
+        "adaptive": first-order effects on all prompts, corrected by importance weights on as many as
+        are needed (a control variate); where the effective sample is below ``min_ess``, by texts
+        written without the head. For many prompts: few heads are measured on all of them.
+    heads
+        Flat indices of the heads to score; None for all. Heads of a layer share most work.
+    rule
+        What the judge reads, see ``judged_text``.
+    coupled
+        False: every head has its own sampling noise, as in the published procedure ("naive" and
+        "exact" only).
+    memory_gib
+        Memory for batches; by default half of what is free. Decides ``batch_rows`` and
+        ``batch_tokens`` where they aren't given, see ``decode.batch_sizes``.
+    first
+        "adaptive": prompts of every group in the first round; doubled for half of the heads each round.
+    cut
+        "adaptive": FASP's (γ, α). Further rounds then go to the heads near that cut, instead of those
+        with the largest standard error.
+    checkpoint
+        Folder for the raw scores, written every one to four layers. A run that was stopped goes on
+        after the last file, with the same result. Runs with other settings don't mix: the
+        subfolder's name is a digest of everything that decides the result.
+
+    Raises
+    ------
+    ValueError
+        Unknown fidelity or rule, fewer than two groups, empty or too long prompts; several axes with
+        "adaptive", or ``coupled=False`` with a fidelity that needs coupling.
+    """
+    if fidelity not in FIDELITIES:
+        raise ValueError(f"fidelity {fidelity!r}: choose one of {', '.join(FIDELITIES)}.")
+    if rule not in ("corrected", "as_published"):
+        raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
+    if not coupled and fidelity not in ("naive", "exact"):
+        raise ValueError(f"fidelity {fidelity!r} has no independent noise: set coupled=True.")
+    if first < 1 or not 0 <= min_ess <= 1 or max_weight < 1:
+        raise ValueError(
+            f"need first ≥ 1, 0 ≤ min_ess ≤ 1, max_weight ≥ 1; got {first}, {min_ess}, {max_weight}."
+        )
+    heads = np.arange(lm.anatomy.n_flat) if heads is None else np.unique(np.asarray(heads, dtype=int))
+    if not len(heads) or heads[0] < 0 or heads[-1] >= lm.anatomy.n_flat:
+        raise ValueError(f"heads: give at least one flat index in 0 … {lm.anatomy.n_flat - 1}.")
+    axes = _axes(prompts)
+    if fidelity == "adaptive" and len(axes) > 1:
+        raise ValueError(f"fidelity 'adaptive' takes one axis at a time; got {', '.join(axes)}.")
+    texts = list(dict.fromkeys(prompts["prompt"]))
+    rows, tokens = batch_sizes(lm, (max_prompt_tokens or lm.context) + max_new_tokens, memory_gib)
+    batch_rows, batch_tokens = batch_rows or rows, batch_tokens or tokens
+    sampling = {
+        "seeds": list(seeds),
+        "max_new_tokens": max_new_tokens,
+        "top_k": top_k,
+        "temperature": temperature,
+        "max_prompt_tokens": max_prompt_tokens,
+    }
+    base = sample(lm, texts, batch_rows=batch_rows, **sampling)
+    task = _Task(
+        lm=lm,
+        heads=heads,
+        prompts=prompts,
+        texts=texts,
+        judge=judge,
+        windows=windows,
+        base=base,
+        base_scores=judge_continuations(texts, base, judge, rule)[0],
+        base_nll=measure.nll(lm, windows, batch_tokens=batch_tokens),
+        rule=rule,
+        sampling=sampling,
+        coupled=coupled,
+        batch_rows=batch_rows,
+        batch_tokens=batch_tokens,
+        max_weight=max_weight,
+        n_boot=n_boot,
+    )
+    settings = {
+        "model": lm.revision or lm.name,
+        "dtype": str(lm.dtype),
+        "judge": judge.name,
+        "prompts": record.frame_sha256(prompts),
+        "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+        "code": record.code_sha256(),
+        **{"fidelity": fidelity, "rule": rule, "batch_rows": batch_rows, "batch_tokens": batch_tokens},
+        **{
+            "coupled": coupled,
+            "heads": heads.tolist(),
+            "first": first,
+            "min_ess": min_ess,
+            "cut": cut,
+            "n_boot": n_boot,
+        },
+        **{"max_weight": max_weight, **sampling},
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def stored(name: str, make: Callable[[], dict]) -> dict:
+        return record.stored_arrays(Path(checkpoint) / digest / f"{name}.npz" if checkpoint else None, make)
+
+    if fidelity == "adaptive":
+        whole = _adaptive(task, stored, first, min_ess, cut)
+    else:
+        measured_by = {"naive": _naive, "exact": _exact, "importance": _importance, "gradient": _gradient}
+        step = lm.anatomy.n_heads * _layers_at_once(lm, texts, len(seeds), batch_rows)
+        step = len(heads) if fidelity == "gradient" else step
+        chunks = []
+        for start in bar(range(0, len(heads), step), desc="heads scored" if progress else None):
+            some = heads[start : start + step]
+            make = partial(measured_by[fidelity], task, some)
+            chunks.append(stored(f"heads_{some[0]:05d}-{some[-1]:05d}", make))
+        whole = {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
+    return HeadSamples(task, axes, whole, fidelity)
+
+
+def score(
+    lm: LM, prompts: pd.DataFrame, judge: Judge, windows: measure.Windows, **options: Any
+) -> pd.DataFrame:
+    """Score every head by removing it: z_bias and z_ppl with standard errors.
+
+    Parameters and errors are those of ``samples``.
+
+    Returns
+    -------
+    DataFrame
+        One row per head and axis: flat, layer, head, axis, fidelity; bias, ppl (unpruned model);
+        bias_without, ppl_without; z_bias = bias − bias_without (positive: the head adds bias);
+        z_ppl = ppl_without − ppl (positive: the head matters for language modelling); z_bias_se,
+        z_ppl_se (bootstrap over prompts within groups, and over windows); score_without (mean
+        judge score); changed (share of continuations that differ from the unpruned model's; NaN
+        where none were generated); ess (effective share of the sample, by importance weights; 1
+        where texts were generated, NaN for gradients); prompts (how many the head was measured on).
+
+    Source
+    ------
+    Zayed et al., AAAI 2024; the published procedure stores bias_without and ppl_without.
+    """
+    return samples(lm, prompts, judge, windows, **options).frame()
 
 
 # --- scores that need no generation: FASP's baselines --------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from biasprune.ablate import first_masked_layer, masked, recorded, resumed
+from biasprune.ablate import Start, in_halves, passes
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -38,6 +38,12 @@ def _gap(means: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Sum over groups of |axis mean − group mean|; means (groups, …) → (…)."""
     overall = np.tensordot(share, means, axes=1)
     return np.abs(means - overall).sum(0)
+
+
+def gap(means: np.ndarray, buckets: Sequence[str], weights: ArrayLike | None = None) -> np.ndarray:
+    """Bias from group means (groups, …), in sorted order of names: (…). See ``group_bias``."""
+    _, share = _groups(buckets, weights, len(buckets))
+    return _gap(means, share)
 
 
 def group_means(scores: ArrayLike, buckets: Sequence[str], sizes: ArrayLike | None = None) -> np.ndarray:
@@ -84,9 +90,7 @@ def group_bias(
     ------
     Zayed et al., AAAI 2024, equation for bias; spec of the published code: a sum, not a mean.
     """
-    means = group_means(scores, buckets, sizes)
-    _, share = _groups(buckets, weights, np.shape(scores)[-1])
-    return _gap(means, share)
+    return gap(group_means(scores, buckets, sizes), buckets, weights)
 
 
 def bootstrap_bias(
@@ -311,25 +315,18 @@ def nll(
     masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks
     n_windows, length = windows.ids.shape
     rows = max(1, batch_tokens // length)
-    start = first_masked_layer(masks)
     out = np.empty((len(masks), n_windows))
     shown = bar(total=out.size, desc=progress, unit="window")
+
+    def run(start: Start, w: Tensor, m: Tensor, j: Tensor) -> None:
+        with start(masks[m], j):
+            loss = window_nll(lm, windows, w[j])
+        out[m.numpy(), w[j].numpy()] = loss.double().cpu().numpy()
+
     for w in torch.arange(n_windows).split(rows):
-        with recorded(lm, set(start) - {0}) as clean:
-            if any(start):
-                lm.model.base_model(windows.ids[w].to(lm.device), use_cache=False)
-        for layer in sorted(set(start)):
-            here = [i for i, s in enumerate(start) if s == layer]
-            jobs = torch.cartesian_prod(torch.tensor(here), torch.arange(len(w))).split(rows)
-            for m, j in (job.T for job in jobs):
-                with ExitStack() as stack:
-                    if layer:
-                        hidden = clean.hidden[layer][j.to(lm.device)]
-                        stack.enter_context(resumed(lm, layer, hidden, clean.returns_tuple))
-                    stack.enter_context(masked(lm, masks[m]))
-                    loss = window_nll(lm, windows, w[j])
-                out[m.numpy(), w[j].numpy()] = loss.double().cpu().numpy()
-                shown.update(len(m))
+        for m, j, start in passes(lm, masks, windows.ids[w].to(lm.device), rows):
+            in_halves(partial(run, start, w), m, j)
+            shown.update(len(m))
     shown.close()
     return out
 

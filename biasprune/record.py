@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -156,6 +158,40 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measured(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[Any, float, float]:
+    """Result of a call, its seconds, and the peak of memory over what was in use before, in MiB.
+
+    On a GPU the allocator's peak; on a CPU the resident memory, looked at every 10 ms.
+    """
+    device, process = torch.device(device), psutil.Process()
+    gpu, running = device.type == "cuda", threading.Event()
+    before = process.memory_info().rss
+    peak = [before]
+
+    def watch() -> None:
+        while not running.wait(0.01):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if gpu:
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        watcher.start()
+    start = time.perf_counter()
+    try:
+        result = call()
+        if gpu:
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    finally:
+        running.set()
+    if gpu:
+        peak = [torch.cuda.max_memory_allocated(device)]
+    return result, seconds, max(0, peak[0] - before) / 2**20
 
 
 def _plain(value: Any) -> Any:

@@ -90,6 +90,53 @@ def test_cached_steps_equal_full_passes(arch_lm):
                 assert got[m, s, p].tolist() == expected
 
 
+def test_replay_equals_sampling(arch_lm):
+    """Whatever the draft, good or senseless, the tokens are those that sampling without one gives."""
+    masks = ablate.head_masks(arch_lm.anatomy, [[], [0], [5], [9], [2, 11]])
+    for options in ({"top_k": 8}, {"top_k": 0, "temperature": 0.7}, {"temperature": 0}):
+        options = {"seeds": (0, 3), "max_new_tokens": 7, **options}
+        expected = decode.sample(arch_lm, PROMPTS, masks=masks, **options).tokens
+        base = decode.sample(arch_lm, PROMPTS, **options).tokens[0]
+        senseless = np.random.default_rng(0).integers(-1, 64, base.shape)
+        for draft in (base, senseless):
+            got = decode.sample(arch_lm, PROMPTS, masks=masks, draft=draft, batch_rows=9, **options)
+            np.testing.assert_array_equal(got.tokens, expected)
+        assert (expected[1:] != base).any(-1).mean() > 0.1, "the heads matter"
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_replay_of_drawn_shapes(data):
+    from conftest import random_lm
+
+    lm = random_lm(data.draw(st.sampled_from(["gpt2", "llama", "gemma3"])))
+    words = st.lists(st.sampled_from(["the", "friend", "is", "very"]), min_size=1, max_size=12)
+    prompts = data.draw(st.lists(words.map(" ".join), min_size=1, max_size=6))
+    heads = data.draw(st.lists(st.sets(st.integers(0, 11), max_size=3), min_size=1, max_size=5))
+    masks = ablate.head_masks(lm.anatomy, heads)
+    seeds, steps = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    options = {"seeds": range(seeds), "max_new_tokens": steps, "top_k": data.draw(st.integers(0, 64))}
+    alone = [
+        decode.sample(lm, [p], masks=masks[[i]], **options).tokens[0, :, 0]
+        for i in range(len(masks))
+        for p in prompts
+    ]
+    expected = np.stack(alone).reshape(len(masks), len(prompts), seeds, steps).swapaxes(1, 2)
+    draft = decode.sample(lm, prompts, **options).tokens[0]
+    rows = data.draw(st.integers(1, 40))
+    got = decode.sample(lm, prompts, masks=masks, draft=draft, batch_rows=rows, batch_tokens=rows, **options)
+    np.testing.assert_array_equal(got.tokens, expected)
+
+
+@pytest.mark.parametrize(("vocabulary", "k"), [(5000, 9), (4999, 7), (49152, 50), (300, 50), (12, 20)])
+def test_top_equals_topk(vocabulary, k):
+    logits = torch.randn(7, vocabulary).bfloat16()  # with ties
+    values, tokens = decode.top(logits, k)
+    assert torch.equal(values.sort().values, logits.topk(min(k, vocabulary)).values.sort().values)
+    assert torch.equal(logits.gather(1, tokens), values)
+    assert all(len(set(row)) == len(row) for row in tokens.tolist())
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     order=st.permutations(range(len(PROMPTS))),
@@ -118,22 +165,24 @@ def test_streams_decouple(tiny):
 
 def test_out_of_memory_halves_and_gives_the_same(tiny, monkeypatch):
     expected = decode.sample(tiny, PROMPTS, masks=torch.ones(4, 3, 4), max_new_tokens=4)
-    real, sizes = decode._generate, []
+    real, sizes = decode._decode, []
 
-    def small(lm, ids, *args):
-        sizes.append(len(ids))
-        if len(ids) > 1:
+    def small(s, waiting):
+        sizes.append(sum(len(w.sample) for w in waiting))
+        if sizes[-1] > 1:
             raise torch.OutOfMemoryError("pretended")
-        return real(lm, ids, *args)
+        real(s, waiting)
 
-    monkeypatch.setattr(decode, "_generate", small)
-    got = decode.sample(tiny, PROMPTS, masks=torch.ones(4, 3, 4), max_new_tokens=4)
-    assert np.array_equal(got.tokens, expected.tokens) and max(sizes) > 1
+    monkeypatch.setattr(decode, "_decode", small)
+    for draft in (None, np.zeros((1, 5, 4), dtype=int)):
+        sizes.clear()
+        got = decode.sample(tiny, PROMPTS, masks=torch.ones(4, 3, 4), max_new_tokens=4, draft=draft)
+        assert np.array_equal(got.tokens, expected.tokens) and max(sizes) > 1
 
     def never(*args):
         raise torch.OutOfMemoryError("pretended")
 
-    monkeypatch.setattr(decode, "_generate", never)
+    monkeypatch.setattr(decode, "_decode", never)
     with pytest.raises(torch.OutOfMemoryError):
         decode.sample(tiny, PROMPTS, max_new_tokens=4)
 
@@ -216,6 +265,7 @@ def test_greedy_has_no_probability(tiny):
         (["fine"], {"seeds": ()}, "a seed"),
         (["fine"], {"masks": torch.ones(1, 2, 4)}, "expected \\(masks, 3, 4\\)"),
         (["fine"], {"streams": [1, 2]}, "2 streams for 1 masks"),
+        (["fine"], {"draft": np.zeros((1, 2, 40))}, "draft has shape .*expected \\(1, 1, 40\\)"),
     ],
 )
 def test_bad_input(tiny, prompts, options, message):
