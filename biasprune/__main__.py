@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import yaml
 from papermill.iorw import load_notebook_node
@@ -129,14 +130,27 @@ def run(names: list[str], out: Path, only: list[str]) -> int:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table."""
-    rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).values.tolist()]
+    """A frame as a Markdown table; numbers to three digits."""
+
+    def cell(x: object) -> str:
+        if not isinstance(x, float | np.floating):
+            return str(x)
+        if not np.isfinite(x):
+            return "–" if np.isnan(x) else "∞"
+        return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+    rows = [list(frame.columns), ["---"] * frame.shape[1]]
+    rows += [[cell(x) for x in row] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 
 def report(out: Path) -> None:
-    """Write ``out/README.md`` from the run records below ``out``, and the README's block of results."""
-    sections, rows = [], []
+    """Write ``out/README.md`` from the run records below ``out``, and the README's block of results.
+
+    A notebook's record names the tables and figures to show, under ``results``. Tables ``speed`` of all
+    runs are put together in ``out/speed.csv``.
+    """
+    sections, rows, speed = [], [], []
     for path in sorted(out.glob("*/*/run.json")):
         facts = json.loads(path.read_text())
         if facts["status"] != "done":
@@ -147,7 +161,7 @@ def report(out: Path) -> None:
             {
                 "notebook": f"[{facts['notebook']}]({folder}.ipynb)",
                 "model": model["name"],
-                "axis": facts["config"]["axis"],
+                "axis": facts["config"].get("axis", ""),
                 "minutes": facts["results"]["minutes"],
                 "peak MiB": facts["peak_memory_mib"],
                 "device": source["device"],
@@ -156,18 +170,17 @@ def report(out: Path) -> None:
                 + ("+changes" if source["commit"].endswith("+changes") else ""),
             }
         )
-        shown = {name: pd.read_parquet(path.parent / f"{name}.parquet") for name in ("detection", "verdicts")}
-        detection, verdicts = shown["detection"].round(3), shown["verdicts"].round(2)
-        sections.append(
-            f"## {model['name']}, {facts['config']['axis']}\n\n{facts['results']['sentence']}\n\n"
-            "The unpruned model's bias, and the noise floor that shuffled group labels give:\n\n"
-            f"{_table(detection)}\n\n"
-            f"Pruning (γ = {facts['results']['gamma']}, chosen on validation prompts): change in % of the "
-            "unpruned model's bias on test prompts, averaged over α, with 95 % intervals by bootstrap over "
-            f"prompts, and against random pruning of as many heads:\n\n{_table(verdicts)}\n\n"
-            f"![Change of bias and perplexity against the share of heads pruned, per method]"
-            f"({folder}/figures/change_against_alpha.png)\n"
-        )
+        results = facts["results"]
+        parts = [f"## {facts['notebook']}: {model['name']}", results["sentence"]]
+        for name, caption in results["tables"].items():
+            table = pd.read_parquet(path.parent / f"{name}.parquet")
+            if len(table):
+                parts += [f"{caption}:", _table(table)]
+        for name, caption in results["figures"].items():
+            parts.append(f"![{caption}]({folder}/figures/{name}.png)")
+        sections.append("\n\n".join(parts) + "\n")
+        if (path.parent / "speed.parquet").exists():
+            speed.append(pd.read_parquet(path.parent / "speed.parquet"))
     head = (
         "Written by `python -m biasprune run`; don't edit. Every figure and number comes from the run "
         "records here. Minutes are those of the computations; loading the model comes on top."
@@ -175,6 +188,8 @@ def report(out: Path) -> None:
     if not rows:
         print(f"No finished run below {out}: no report written.", file=sys.stderr)
         return
+    if speed:
+        record.write_text(out / "speed.csv", pd.concat(speed).to_csv(index=False, float_format="%.4g"))
     table = _table(pd.DataFrame(rows))
     record.write_text(out / "README.md", f"# Reports\n\n{head}\n\n{table}\n\n" + "\n".join(sections))
     readme = record.ROOT / "README.md"

@@ -143,10 +143,13 @@ class CleanPass:
         Layer → its input (rows, tokens, width), for the layers that were asked for.
     returns_tuple
         Whether this architecture's layers return a tuple.
+    last
+        Output of the last norm (rows, tokens, width), if it was asked for.
     """
 
     hidden: dict[int, Tensor]
     returns_tuple: bool = False
+    last: Tensor | None = None
 
 
 @contextmanager
@@ -223,17 +226,25 @@ class Start:
 
 
 def passes(
-    lm: LM, masks: Tensor, ids: Tensor, rows: int, cache: transformers.DynamicCache | None = None
+    lm: LM,
+    masks: Tensor,
+    ids: Tensor,
+    rows: int,
+    *,
+    cache: transformers.DynamicCache | None = None,
+    last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Start]]:
     """Every pair of a mask and a row of ids, in batches that begin at one layer.
 
     One clean pass over ids (rows, tokens) serves all masks (masks, layers, heads); into ``cache`` go
-    its keys and values. Yields the pairs' mask and row numbers, and where to ``Start``.
+    its keys and values, with ``last`` its last hidden state into ``Start.clean``. Yields the pairs'
+    mask and row numbers, and where to ``Start``.
     """
     start = first_masked_layer(masks)
     with recorded(lm, set(start) - {0}) as clean:
-        if any(start):
-            lm.model.base_model(ids, past_key_values=cache, use_cache=cache is not None)
+        if last or any(start):
+            out = lm.model.base_model(ids, past_key_values=cache, use_cache=cache is not None)
+            clean.last = out.last_hidden_state if last else None
     for layer in sorted(set(start)):
         here = torch.tensor([i for i, s in enumerate(start) if s == layer])
         for pair in torch.cartesian_prod(here, torch.arange(len(ids))).split(max(1, rows)):

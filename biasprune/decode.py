@@ -177,7 +177,9 @@ def batch_sizes(lm: LM, length: int, memory_gib: float | None = None) -> tuple[i
     past = 2 * a.n_layers * a.n_kv_heads * a.head_dim * bytes_each  # keys and values of a token
     logits = config.vocab_size * (bytes_each + 4)
     row = 3 * past * length + logits  # waiting, in the batch, and while the batch grows
-    token = past + logits + (a.n_layers * config.hidden_size + 4 * a.n_units) * bytes_each
+    hidden = (a.n_layers * config.hidden_size + 4 * a.n_units) * bytes_each
+    few = 50 * config.hidden_size * (bytes_each + 4)  # rows of the unembedding, for log-ratios
+    token = past + logits + hidden + few
     most_rows, most_tokens = (2048, 65536) if gpu else (256, 4096)
     budget = memory_gib * 2**30
     return max(1, min(most_rows, int(budget / row))), max(length, min(most_tokens, int(budget / token)))
@@ -317,6 +319,7 @@ def _replay(
     on_device, n = row.to(ids.device), s.steps
     length = ids.shape[1] - n + 1  # of the prompt
     cache = DynamicCache()
+    # as a tensor, not a number: indexing then copies only what is kept
     keep = torch.arange(length - 1, ids.shape[1], device=ids.device)
     with start(s.masks[mask], row):
         logits = s.lm.model(ids[on_device], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
@@ -457,7 +460,7 @@ def sample(
         for index, batch, given in _batches(lm, prompts, draft, max_prompt_tokens, batch_tokens):
             clean = DynamicCache()
             of = number[:, index // len(prompts), index % len(prompts)]
-            for mask, row, start in passes(lm, masks, batch, batch_tokens // batch.shape[1], clean):
+            for mask, row, start in passes(lm, masks, batch, batch_tokens // batch.shape[1], cache=clean):
                 in_halves(partial(check, start, clean, batch, given, of), mask, row)
                 shown.update(len(mask))
                 if sum(len(w.sample) for w in waiting) >= batch_rows:
@@ -470,22 +473,61 @@ def sample(
     return Continuations(tokens=tokens, texts=decode(lm, tokens))
 
 
-def _log_prob(lm: LM, ids: Tensor, steps: Tensor, top_k: int, temperature: float) -> Tensor:
-    """Log-probability of sampling steps (rows, n), −1 where they don't count: (rows,).
+def _log_prob(
+    lm: LM, hidden: Tensor, steps: Tensor, kept: Tensor | None, temperature: float, direct: bool
+) -> Tensor:
+    """Log-probability of steps (rows, n), −1 where they don't count, drawn among some tokens: (rows,).
 
-    ids (rows, length): the prompt and all but the last of the steps. Keeps gradients.
+    hidden (rows, n, width) is the output of the last norm, kept (rows, n, k) or None for all tokens.
+    ``direct`` computes the few logits that matter, in float32: rounded to 16 bits they would be the
+    largest error of a log-ratio, and the whole vocabulary a good part of the time. Keeps gradients.
     """
-    length, n = ids.shape[1], steps.shape[1]
-    # as a tensor, not a number: indexing then copies only what is kept
-    keep = torch.arange(length - n, length, device=ids.device)
-    logits = lm.model(ids, use_cache=False, logits_to_keep=keep).logits.flatten(0, 1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    chosen = logits.gather(-1, steps.clamp(min=0).view(-1, 1)).to(wide) / temperature
-    kept = (top(logits, top_k)[0] if top_k else logits).to(wide) / temperature
-    if top_k:
-        chosen = chosen.masked_fill(chosen < kept.amin(-1, keepdim=True), -torch.inf)
-    each = (chosen[:, 0] - kept.logsumexp(-1)).view(steps.shape)
+    chosen = steps.clamp(min=0)[..., None]
+    head = lm.model.get_output_embeddings()
+    if direct:
+        tokens = torch.cat([chosen, kept], -1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows = F.embedding(tokens, head.weight).to(wide)
+        logits = (rows @ hidden.to(wide)[..., None])[..., 0]
+        if head.bias is not None:
+            logits = logits + head.bias[tokens].to(wide)
+        logits = _capped(lm, logits)
+        of_chosen, among = logits[..., 0], logits[..., 1:]
+    else:
+        logits = _capped(lm, head(hidden.flatten(0, 1))).view(*steps.shape, -1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        of_chosen = logits.gather(-1, chosen)[..., 0]
+        among = logits if kept is None else logits.gather(-1, kept)
+    each = of_chosen / temperature - (among / temperature).logsumexp(-1)
     return torch.where(steps >= 0, each, 0).sum(-1)
+
+
+def _capped(lm: LM, logits: Tensor) -> Tensor:
+    """What Gemma 2 does to logits after the unembedding."""
+    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _check_unembedding(lm: LM) -> None:
+    """Logits must be what the unembedding makes of the last hidden state, and nothing else."""
+    ids = torch.tensor([[1, 2, 3]], device=lm.device)
+    with torch.no_grad():
+        ours = _capped(lm, lm.model.get_output_embeddings()(lm.model.base_model(ids).last_hidden_state))
+        if not torch.allclose(ours, lm.model(ids).logits, rtol=0.02, atol=0.02):
+            raise ValueError(
+                f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't "
+                "known here: use fidelity='exact', or add it to _capped in biasprune/decode.py."
+            )
+
+
+def _kept(lm: LM, hidden: Tensor, top_k: int) -> Tensor | None:
+    """The tokens that top-k sampling draws among, (rows, n, k); None for all."""
+    if top_k == 0:
+        return None
+    with torch.no_grad():
+        # flat, since torch copies the unembedding once per row for a view with gaps
+        logits = lm.model.get_output_embeddings()(hidden.flatten(0, 1))
+    return top(logits, top_k)[1].view(*hidden.shape[:2], -1)
 
 
 def _batches(
@@ -505,13 +547,14 @@ def _batches(
             yield index, ids.to(lm.device), steps.to(lm.device)
 
 
-def _check_random(temperature: float) -> None:
+def _check_random(lm: LM, temperature: float) -> None:
     if temperature <= 0:
         raise ValueError("greedy continuations have no probability to compare: set temperature > 0.")
+    _check_unembedding(lm)
 
 
 @torch.inference_mode()
-def log_prob(
+def log_ratio(
     lm: LM,
     prompts: Sequence[str],
     tokens: np.ndarray,
@@ -522,39 +565,51 @@ def log_prob(
     max_prompt_tokens: int | None = None,
     batch_tokens: int = 4096,
 ) -> np.ndarray:
-    """Log-probability of given continuations under every mask, by one teacher-forced pass each.
+    """How much likelier given continuations are under every mask: log p(text | mask) − log p(text).
 
-    All masks share a clean pass; each starts at its first masked layer.
+    All masks share a clean pass; each starts at its first masked layer. With top-k sampling both are
+    probabilities among the unpruned model's k tokens: a token that the mask pushes out of the k, or
+    into them, would have no ratio.
 
     Parameters
     ----------
     tokens
-        (seeds, prompts, steps), from ``Continuations.tokens``.
+        (seeds, prompts, steps), from ``Continuations.tokens`` of the unpruned model.
     masks
         (masks, layers, heads).
 
     Returns
     -------
     ndarray
-        (masks, seeds, prompts) float64, −inf where a token leaves the top k.
+        (masks, seeds, prompts) float64.
 
     Raises
     ------
     ValueError
         If temperature is 0.
     """
-    _check_random(temperature)
+    _check_random(lm, temperature)
     out = np.empty((len(masks), tokens.shape[0] * tokens.shape[1]))
+    n, direct = tokens.shape[-1], 0 < top_k < lm.model.get_output_embeddings().weight.shape[0] // 4
 
-    def run(start: Start, index: Tensor, ids: Tensor, steps: Tensor, mask: Tensor, row: Tensor) -> None:
+    def run(start: Start, clean: tuple, mask: Tensor, row: Tensor) -> None:
+        index, ids, steps, kept, own = clean
         here = row.to(lm.device)
         with start(masks[mask], row):
-            value = _log_prob(lm, ids[here], steps[here], top_k, temperature)
+            hidden = lm.model.base_model(ids[here], use_cache=False).last_hidden_state[:, -n:]
+        among = None if kept is None else kept[here]
+        value = _log_prob(lm, hidden, steps[here], among, temperature, direct) - own[here]
         out[mask.numpy(), index[row].numpy()] = value.double().cpu().numpy()
 
     for index, ids, steps in _batches(lm, prompts, tokens, max_prompt_tokens, batch_tokens):
-        for mask, row, start in passes(lm, masks, ids, batch_tokens // ids.shape[1]):
-            in_halves(partial(run, start, index, ids, steps), mask, row)
+        clean = None
+        for mask, row, start in passes(lm, masks, ids, batch_tokens // ids.shape[1], last=True):
+            if clean is None:
+                hidden = start.clean.last[:, -n:]
+                kept = _kept(lm, hidden, top_k)
+                own = _log_prob(lm, hidden, steps, kept, temperature, direct)
+                clean = (index, ids, steps, kept, own)
+            in_halves(partial(run, start, clean), mask, row)
     return out.reshape(len(masks), *tokens.shape[:2])
 
 
@@ -570,6 +625,8 @@ def log_prob_gradient(
 ) -> np.ndarray:
     """∂ log-probability / ∂ mask of every head at mask = 1, for every continuation.
 
+    The slope of ``log_ratio``, with the same tokens to draw among.
+
     One forward and one backward pass for all heads: (seeds, prompts, steps) tokens →
     (seeds, prompts, layers, heads) float64.
 
@@ -578,13 +635,16 @@ def log_prob_gradient(
     ValueError
         If temperature is 0.
     """
-    _check_random(temperature)
-    a = lm.anatomy
+    _check_random(lm, temperature)
+    a, n = lm.anatomy, tokens.shape[-1]
+    direct = 0 < top_k < lm.model.get_output_embeddings().weight.shape[0] // 4
     out = np.empty((tokens.shape[0] * tokens.shape[1], a.n_layers, a.n_heads))
     for index, ids, steps in _batches(lm, prompts, tokens, max_prompt_tokens, batch_tokens):
         masks = torch.ones(len(ids), a.n_layers, a.n_heads, device=lm.device, requires_grad=True)
         with torch.enable_grad(), masked(lm, masks):
-            total = _log_prob(lm, ids, steps, top_k, temperature).sum()
+            hidden = lm.model.base_model(ids, use_cache=False).last_hidden_state[:, -n:]
+            kept = _kept(lm, hidden, top_k)
+            total = _log_prob(lm, hidden, steps, kept, temperature, direct).sum()
             (gradient,) = torch.autograd.grad(total, masks)
         out[index.numpy()] = gradient.double().cpu().numpy()
     return out.reshape(*tokens.shape[:2], a.n_layers, a.n_heads)

@@ -163,3 +163,52 @@ def group_scores(table: pd.DataFrame) -> Figure:
     grid.set_axis_labels("mean judge score (0 – 1), 95 % interval", "")
     grid.legend.set_title("")
     return grid.figure
+
+
+def speed_ratios(table: pd.DataFrame) -> Figure:
+    """Times faster than the loop, per fidelity and work; bars to the lowest and highest layer."""
+    table = table[table["fidelity"] != "naive: transformers.generate"]
+    works = list(dict.fromkeys(zip(table["dtype"], table["work"], strict=True)))
+    figure, axis = plt.subplots(figsize=(8.5, 0.45 * len(table) + 1.6))
+    names = list(table["fidelity"].unique())
+    for i, (work, marker) in enumerate(zip(works, MARKERS, strict=False)):
+        own = table[(table["dtype"] == work[0]) & (table["work"] == work[1])]
+        y = np.array([names.index(f) for f in own["fidelity"]]) + 0.6 * (i / max(1, len(works) - 1) - 0.5)
+        bars = np.abs(own[["ratio_low", "ratio_high"]].to_numpy().T - own["ratio"].to_numpy())
+        label = f"{work[1].removeprefix('z_bias, ')}, {work[0]}"
+        axis.errorbar(own["ratio"], y, xerr=bars, fmt=marker, capsize=3, ms=7, label=label)
+        for x, at in zip(own["ratio"], y, strict=True):
+            text = f"{x:.0f}" if x >= 10 else f"{x:.1f}"
+            axis.annotate(text, (x, at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
+    axis.axvline(1, color="black", lw=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel("times faster than transformers.generate, head by head (log scale)")
+    axis.set_title("z_bias of all heads, same samples (bars: lowest and highest layer)")
+    axis.legend(title="prompts × new tokens", loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def precision_against_time(table: pd.DataFrame) -> Figure:
+    """Standard error of z_bias against seconds; lines join equal time × squared standard error."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.8))
+    x = np.array([table["seconds"].min() / 3, table["seconds"].max() * 3])
+    for i, r in enumerate(table.itertuples()):
+        axis.plot(x, r.se * np.sqrt(r.seconds / x), color="lightgrey", lw=1, zorder=0)
+        label = r.method if i == 0 else f"{r.method}: ×{r.gain:.0f} ({r.gain_low:.0f} – {r.gain_high:.0f})"
+        axis.plot(r.seconds, r.se, MARKERS[i % len(MARKERS)], ms=9, ls="none", label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_major_formatter(plt.FormatStrFormatter("%g"))
+        which.set_minor_formatter(plt.NullFormatter())
+    axis.set_xlim(*x)
+    axis.set_xlabel("seconds for all heads (log scale)")
+    axis.set_ylabel("standard error of z_bias\n(root mean square over heads, log scale)")
+    axis.set_title("Lower and further left is better; grey: what more prompts would give")
+    axis.legend(
+        title="times sooner at equal standard error (95 %)", loc="upper left", bbox_to_anchor=(1.01, 1)
+    )
+    return figure

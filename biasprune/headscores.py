@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from biasprune import measure, record, select
 from biasprune.ablate import head_masks, masked
-from biasprune.decode import Continuations, batch_sizes, log_prob, log_prob_gradient, sample
+from biasprune.decode import Continuations, batch_sizes, log_prob_gradient, log_ratio, sample
 from biasprune.judge import Judge
 from biasprune.lm import LM
 from biasprune.progress import bar
@@ -75,7 +76,7 @@ class _Task:
         return replace(self, texts=texts, base=base, base_scores=self.base_scores[:, which])
 
     def replay(self, batch_tokens: int) -> dict:
-        """Options of ``log_prob`` and ``log_prob_gradient``."""
+        """Options of ``log_ratio`` and ``log_prob_gradient``."""
         keep = ("top_k", "temperature", "max_prompt_tokens")
         return {**{k: self.sampling[k] for k in keep}, "batch_tokens": batch_tokens}
 
@@ -115,11 +116,8 @@ def _exact(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
 
 def _log_weights(task: _Task, heads: Sequence[int]) -> np.ndarray:
     """Log-ratio: how much likelier each of the unpruned model's texts is without the head."""
-    masks = head_masks(task.lm.anatomy, [[], *([int(h)] for h in heads)])
-    tokens = task.base.tokens[0]
-    own, *without = log_prob(task.lm, task.texts, tokens, masks, **task.replay(task.batch_tokens))
-    # Rounding can push a token that was drawn from the top k out of it: nothing is known of such a text.
-    return np.where(np.isinf(own), 0.0, np.stack(without) - np.where(np.isinf(own), 0.0, own))
+    masks = head_masks(task.lm.anatomy, [[int(h)] for h in heads])
+    return log_ratio(task.lm, task.texts, task.base.tokens[0], masks, **task.replay(task.batch_tokens))
 
 
 def _importance(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
@@ -233,21 +231,30 @@ def _estimate(
         return weight * base, weight
     if "slope" not in of:
         return of["scores"], np.ones_like(of["scores"])
-    # With E[weight] = 1, (weight − 1) · (score − mean) has the same expectation as the change of the
+    # As weights are 1 on average, (weight − 1) · (score − mean) has the same mean as the change of the
     # score; to first order weight − 1 is the slope.
-    cheap = of["slope"] * (base - mean)
     if "log_weight" not in of:
-        return base + cheap, np.ones_like(cheap)
-    change = (_weight(of["log_weight"], max_weight) - 1) * (base - mean)
+        return base + of["slope"] * (base - mean), np.ones_like(of["slope"])
+    near, true = _weight(of["slope"], max_weight), _weight(of["log_weight"], max_weight)
+    over = {"axis": (1, 2), "keepdims": True}
+    average = near.mean(**over)
+    more = np.where(np.isnan(true).all(**over), 0, true - near)
+    change = (true / np.maximum(average + np.nanmean(more, **over), 0.2) - 1) * (base - mean)
     change = np.where(np.isnan(of["scores"]), change, of["scores"] - base)
-    return base + _controlled(change, cheap, group), np.ones_like(cheap)
+    cheap = (near / average - 1) * (base - mean)
+    values = base.mean(0) + _controlled(change, cheap, group)
+    return values, np.ones_like(values)
+
+
+_PRIOR = 8
 
 
 def _controlled(change: np.ndarray, cheap: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Change measured on some prompts (NaN elsewhere), with its cheap estimate as control variate.
 
     Both (heads, seeds, prompts) → the same, without NaN. The coefficient that is used on a prompt was
-    fitted on others (two folds), so the group means stay unbiased.
+    fitted on others (two folds), so the group means stay unbiased; where a head has few of them it
+    leans on all heads' coefficient, as if that were known from ``_PRIOR`` prompts.
     """
     change, cheap = change.mean(1), cheap.mean(1)
     seen = np.isfinite(change)
@@ -255,7 +262,9 @@ def _controlled(change: np.ndarray, cheap: np.ndarray, group: np.ndarray) -> np.
     slope = []
     for f in (0, 1):
         x, y = (np.where(seen & (fold != f), v, 0) for v in (cheap, change))
-        slope.append(((x * y).sum(1) / (x**2).sum(1).clip(1e-30)).clip(0, 1.5))
+        xy, xx = (x * y).sum(1), (x**2).sum(1).clip(1e-30)
+        lean = _PRIOR / np.maximum((x != 0).sum(1), 1)
+        slope.append(((xy + lean * xx * xy.sum() / xx.sum()) / (xx + lean * xx)).clip(0, 1.5))
     own = np.where(fold == 0, slope[0][:, None], slope[1][:, None])
     rest = np.where(seen, change - own * cheap, 0)
     share = np.stack([seen[:, group == g].mean(1) for g in range(group.max() + 1)], 1)[:, group]
@@ -324,6 +333,7 @@ class HeadSamples:
     axes: dict[str, pd.DataFrame]
     raw: dict[str, np.ndarray]
     fidelity: str
+    seconds: dict[str, float]  # of the unpruned model, and of what was measured, by kind
 
     def frame(self) -> pd.DataFrame:
         """The tidy frame, see ``score``."""
@@ -384,7 +394,7 @@ def samples(
     batch_tokens: int | None = None,
     max_weight: float = 20.0,
     first: int = 2,
-    min_ess: float = 0.5,
+    min_ess: float = 0.2,
     cut: tuple[float, float] | None = None,
     n_boot: int = 1000,
     checkpoint: Path | None = None,
@@ -403,7 +413,8 @@ def samples(
         judged once. Sees the same noise as "naive", so in float32 it gives the same tokens.
         "importance": no further generation; the unpruned model's continuations are weighed by how
         likely each would be without the head (self-normalised per group, weights cut at
-        ``max_weight``). Look at ``ess``: where it is small, the head changes the model too much.
+        ``max_weight``; with top-k sampling, among the unpruned model's k tokens). Look at ``ess``:
+        where it is small, the head changes the model too much.
         "gradient": first-order effects of all heads from one forward and one backward pass.
         "adaptive": first-order effects on all prompts, corrected by importance weights on as many as
         are needed (a control variate); where the effective sample is below ``min_ess``, by texts
@@ -460,6 +471,7 @@ def samples(
         "temperature": temperature,
         "max_prompt_tokens": max_prompt_tokens,
     }
+    began = time.perf_counter()
     base = sample(lm, texts, batch_rows=batch_rows, **sampling)
     task = _Task(
         lm=lm,
@@ -479,6 +491,7 @@ def samples(
         max_weight=max_weight,
         n_boot=n_boot,
     )
+    seconds = {"unpruned": time.perf_counter() - began}
     settings = {
         "model": lm.revision or lm.name,
         "dtype": str(lm.dtype),
@@ -500,7 +513,11 @@ def samples(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def stored(name: str, make: Callable[[], dict]) -> dict:
-        return record.stored_arrays(Path(checkpoint) / digest / f"{name}.npz" if checkpoint else None, make)
+        path = Path(checkpoint) / digest / f"{name}.npz" if checkpoint else None
+        start, kind = time.perf_counter(), name.split("_")[0]
+        arrays = record.stored_arrays(path, make)
+        seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - start
+        return arrays
 
     if fidelity == "adaptive":
         whole = _adaptive(task, stored, first, min_ess, cut)
@@ -514,7 +531,7 @@ def samples(
             make = partial(measured_by[fidelity], task, some)
             chunks.append(stored(f"heads_{some[0]:05d}-{some[-1]:05d}", make))
         whole = {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
-    return HeadSamples(task, axes, whole, fidelity)
+    return HeadSamples(task, axes, whole, fidelity, seconds)
 
 
 def score(

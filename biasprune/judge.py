@@ -71,6 +71,10 @@ class Judge:
         self.calls += len(texts)
         return self._checked(self._scorer(list(texts)), len(texts))
 
+    def emptied(self) -> Judge:
+        """The same scorer with an empty cache, for timing."""
+        return Judge(self.name, self._scorer)
+
     def _checked(self, raw: Any, n: int) -> np.ndarray:
         try:
             scores = np.asarray(raw, dtype=np.float64)

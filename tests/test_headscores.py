@@ -278,7 +278,7 @@ def test_control_variate_lowers_the_variance_without_bias():
     plain, controlled = [], []
     for _ in range(400):
         cheap = rng.normal(size=(3, 200))
-        change = quality * cheap + 0.1 * rng.normal(size=(3, 200)) + 0.3 * group
+        change = quality * cheap + 0.4 * rng.normal(size=(3, 200)) + 0.3 * group
         seen = rng.permuted(np.tile(np.arange(200) < 100, 1)).astype(bool)
         change = np.where(seen, change, np.nan)
         got = headscores._controlled(change[:, None], cheap[:, None], group)[:, 0]
@@ -287,7 +287,7 @@ def test_control_variate_lowers_the_variance_without_bias():
     controlled, plain = np.array(controlled), np.array(plain)
     np.testing.assert_allclose(controlled.mean(0), [[0] * 3, [0.3] * 3], atol=0.02)
     gain = plain.var(0) / controlled.var(0)
-    assert (gain[:, 0] > 1.6).all() and (gain[:, 1] > 1.4).all() and (gain[:, 2] > 0.9).all()
+    assert (gain[:, 0] > 1.5).all() and (gain[:, 1] > 1.2).all() and (gain[:, 2] > 0.85).all()
 
 
 def test_cut_sends_the_samples_to_the_undecided_heads(planted):

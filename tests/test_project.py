@@ -104,6 +104,8 @@ def test_runner_writes_report_and_leaves_no_paths(tmp_path):
     assert len(pd.read_parquet(folder / "head_scores.parquet")) == 16
     assert {p.stem for p in (folder / "figures").glob("*.png")} >= {"change_against_alpha", "head_map"}
     assert "small/01_fasp_heads/figures" in (tmp_path / "out" / "README.md").read_text()
+    report = (tmp_path / "out" / "README.md").read_text()
+    assert "noise floor that shuffled group labels give:" in report and "nan" not in report
     executed = json.loads(folder.with_suffix(".ipynb").read_text())
     assert "input_path" not in executed["metadata"]["papermill"]
     errors = [o for c in executed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]

@@ -1,0 +1,266 @@
+"""Time, memory and precision of the fidelities against the loop that everybody writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from biasprune import headscores, measure
+from biasprune.ablate import head_mask, head_masks, masked
+from biasprune.judge import Judge
+from biasprune.lm import LM
+from biasprune.progress import bar
+from biasprune.record import measured
+
+GENERATE = "naive: transformers.generate"
+REPAIRED = "naive: generate, repaired"
+NAIVE = {
+    GENERATE: "one masked model.generate per head, all prompts left-padded in one batch, every text judged",
+    REPAIRED: "the same, but generate is told not to copy the unembedding matrix for every prompt",
+}
+
+
+@torch.inference_mode()
+def generate_loop(
+    lm: LM,
+    prompts: Sequence[str],
+    heads: Sequence[int],
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    max_prompt_tokens: int | None = 22,
+    repaired: bool = False,
+) -> np.ndarray:
+    """Judge scores (heads, prompts) by the published procedure, as anyone would write it today.
+
+    Noise is independent from head to head. All rows write ``max_new_tokens`` tokens.
+
+    Parameters
+    ----------
+    repaired
+        On a CPU, asking the prompt pass for one position's logits makes torch copy the unembedding once
+        per row, which can take most of the time; this avoids it.
+    """
+    lm.tokenizer.padding_side = "left"
+    options = {"truncation": max_prompt_tokens is not None, "max_length": max_prompt_tokens}
+    batch = lm.tokenizer(list(prompts), return_tensors="pt", padding=True, **options)
+    batch = {k: v.to(lm.device) for k, v in batch.items() if k != "token_type_ids"}
+    extra = {"logits_to_keep": torch.tensor([-1], device=lm.device)} if repaired else {}
+    length, scores = batch["input_ids"].shape[1], []
+    for head in heads:
+        with masked(lm, head_mask(lm.anatomy, [int(head)])):
+            out = lm.model.generate(
+                **batch, do_sample=True, top_k=top_k, temperature=temperature,
+                max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens,
+                pad_token_id=lm.tokenizer.pad_token_id, **extra,
+            )  # fmt: skip
+        texts = lm.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        scores.append(judge.fresh(texts))
+    return np.stack(scores)
+
+
+def layers_of(lm: LM, n: int) -> list[list[int]]:
+    """The heads of n layers that lie evenly over the depth: what a pass costs depends on the layer."""
+    depth, width = lm.anatomy.n_layers, lm.anatomy.n_heads
+    layers = np.unique(((np.arange(n) + 0.5) * depth / n).astype(int))
+    return [list(range(x * width, (x + 1) * width)) for x in layers]
+
+
+def bias_times(
+    lm: LM,
+    prompts: pd.DataFrame,
+    judge: Judge,
+    *,
+    layers: int,
+    naive_heads: int,
+    fidelities: Sequence[str] = ("naive", "exact", "importance", "gradient"),
+    progress: str | None = None,
+    **sampling: int | float | None,
+) -> pd.DataFrame:
+    """Seconds and memory of z_bias, per fidelity and layer, side by side in one run.
+
+    Parameters
+    ----------
+    layers
+        Layers to measure, see ``layers_of``; all their heads, but for the loops, which take
+        ``naive_heads`` heads of each.
+
+    Returns
+    -------
+    DataFrame
+        layer, fidelity; per_head (seconds), once (seconds that don't depend on the number of heads),
+        peak_mib, same_scores (share of texts with the score that "naive" gives with the same noise).
+    """
+    texts = list(prompts["prompt"])
+    # two tokens of text: z_ppl is timed by itself
+    windows = measure.windows(lm, texts[0], length=2, max_tokens=2)
+    options = {"progress": False, "n_boot": 2, **sampling}
+    loop = {
+        k: sampling[k]
+        for k in ("max_new_tokens", "top_k", "temperature", "max_prompt_tokens")
+        if k in sampling
+    }
+    rows = []
+    for heads in bar(layers_of(lm, layers), desc=progress):
+        few = heads[:: max(1, len(heads) // naive_heads)][:naive_heads]
+        layer = heads[0] // lm.anatomy.n_heads
+        for name in (GENERATE, REPAIRED):
+            call = (texts, few, judge.emptied())
+            _, seconds, peak = measured(
+                lambda n=name, c=call: generate_loop(lm, *c, repaired=n == REPAIRED, **loop), lm.device
+            )
+            rows.append(
+                {
+                    "layer": layer,
+                    "fidelity": name,
+                    "per_head": seconds / len(few),
+                    "once": 0.0,
+                    "peak_mib": peak,
+                }
+            )
+        oracle = None
+        for name in fidelities:
+            some = few if name == "naive" else heads
+            got, _, peak = measured(
+                lambda n=name, s=some: headscores.samples(
+                    lm, prompts, judge.emptied(), windows, fidelity=n, heads=s, **options
+                ),
+                lm.device,
+            )
+            spent = got.seconds
+            once = spent["unpruned"] + (spent["heads"] if name == "gradient" else 0.0)
+            row = {"layer": layer, "fidelity": name, "once": once, "peak_mib": peak}
+            row["per_head"] = 0.0 if name == "gradient" else spent["heads"] / len(some)
+            if name == "naive":
+                oracle = got.raw["scores"]
+            if name == "exact" and oracle is not None:
+                row["same_scores"] = (got.raw["scores"][[heads.index(h) for h in few]] == oracle).mean()
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def perplexity_times(lm: LM, windows: measure.Windows, *, layers: int, naive_heads: int) -> pd.DataFrame:
+    """Seconds and memory of z_ppl by the loop, with resume at the layer ("exact"), and by gradient.
+
+    Columns as ``bias_times``; difference is the largest relative difference of a perplexity.
+    """
+    rows = []
+    for heads in layers_of(lm, layers):
+        few = heads[:: max(1, len(heads) // naive_heads)][:naive_heads]
+        layer = heads[0] // lm.anatomy.n_heads
+        masks = head_masks(lm.anatomy, [[h] for h in heads])
+
+        def loop(few: list[int] = few) -> np.ndarray:
+            return np.concatenate([measure.nll(lm, windows, head_mask(lm.anatomy, [h])[None]) for h in few])
+
+        one, seconds, peak = measured(loop, lm.device)
+        rows.append(
+            {
+                "layer": layer,
+                "fidelity": "naive",
+                "per_head": seconds / len(few),
+                "once": 0.0,
+                "peak_mib": peak,
+            }
+        )
+        all_, seconds, peak = measured(lambda m=masks: measure.nll(lm, windows, m), lm.device)
+        ours, theirs = (measure.perplexity(x, windows) for x in (all_[[heads.index(h) for h in few]], one))
+        row = {"layer": layer, "fidelity": "exact", "per_head": seconds / len(heads), "once": 0.0}
+        rows.append({**row, "peak_mib": peak, "difference": float(np.abs(ours / theirs - 1).max())})
+        _, seconds, peak = measured(
+            lambda: headscores.mask_gradient_l2(lm, windows, progress=False), lm.device
+        )
+        rows.append(
+            {"layer": layer, "fidelity": "gradient", "per_head": 0.0, "once": seconds, "peak_mib": peak}
+        )
+    return pd.DataFrame(rows)
+
+
+def summary(times: pd.DataFrame, n_heads: int, naive: str = GENERATE) -> pd.DataFrame:
+    """Seconds for all heads, and how many times faster than the loop: (fidelities) rows.
+
+    Parameters
+    ----------
+    times
+        Of ``bias_times`` or ``perplexity_times``: some layers, from which all are projected.
+
+    Returns
+    -------
+    DataFrame
+        fidelity, seconds (all heads, projected), peak_mib, ratio to the loop of mean times, ratio_low
+        and ratio_high (lowest and highest over the measured layers), and what else was measured.
+    """
+    times = times.assign(seconds=times["per_head"] * n_heads + times["once"])
+    wide = times.pivot(index="layer", columns="fidelity", values="seconds")
+    rows = []
+    for name in times["fidelity"].unique():
+        own = times[times["fidelity"] == name]
+        each = wide[naive] / wide[name]
+        row = {"fidelity": name, "seconds": own["seconds"].mean(), "peak_mib": own["peak_mib"].max()}
+        row |= {
+            "ratio": wide[naive].mean() / wide[name].mean(),
+            "ratio_low": each.min(),
+            "ratio_high": each.max(),
+        }
+        for extra in ("same_scores", "difference"):
+            if extra in own:
+                row[extra] = own[extra].mean() if extra == "same_scores" else own[extra].max()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def precision(
+    frames: dict[str, pd.DataFrame], seconds: dict[str, float], naive: str, *, n_boot: int = 2000
+) -> pd.DataFrame:
+    """Time to the same standard error of z_bias, against the loop with independent noise.
+
+    Time × squared standard error doesn't depend on the number of prompts, so its ratio says how many
+    times sooner a method reaches any wanted standard error.
+
+    Parameters
+    ----------
+    frames
+        Head scores of each method, over the same heads.
+    seconds
+        Time of each method for all heads.
+
+    Returns
+    -------
+    DataFrame
+        method, seconds, se (root mean square over heads), gain, gain_low, gain_high (95 %, bootstrap
+        over heads), gain_median (median over heads).
+    """
+    rng = np.random.default_rng(0)
+    squared = {k: f["z_bias_se"].to_numpy() ** 2 for k, f in frames.items()}
+    n = len(squared[naive])
+    draws = rng.integers(n, size=(n_boot, n))
+    rows = []
+    for name, of in squared.items():
+        faster = seconds[naive] / seconds[name]
+        boot = faster * squared[naive][draws].mean(1) / of[draws].mean(1)
+        rows.append(
+            {
+                "method": name,
+                "seconds": seconds[name],
+                "se": np.sqrt(of.mean()),
+                "gain": faster * squared[naive].mean() / of.mean(),
+                "gain_low": np.quantile(boot, 0.025),
+                "gain_high": np.quantile(boot, 0.975),
+                "gain_median": faster * np.median(squared[naive] / np.where(of > 0, of, np.nan)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def matmul_peak(device: torch.device | str, dtype: torch.dtype, size: int = 2048) -> float:
+    """Operations per second of a large matrix product here: the roof that a model can reach."""
+    size = 8192 if torch.device(device).type == "cuda" else size
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    x @ x
+    best = min(measured(lambda: x @ x, device)[1] for _ in range(5))
+    return 2 * size**3 / best
