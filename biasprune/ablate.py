@@ -9,7 +9,7 @@ one head.)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +71,13 @@ def _hook(mask: Tensor) -> Callable:
     def pre_hook(module: nn.Module, args: tuple) -> tuple:
         nonlocal scale
         x = args[0]
-        if len(scale) not in (1, len(x)):
-            raise ValueError(f"mask has {len(scale)} rows, but the batch has {len(x)}.")
+        rows = len(scale)
+        flattened = x.dim() == 2 and rows > 1 and len(x) % rows == 0  # OPT's MLPs: (B · T, width)
+        if rows not in (1, len(x)) and not flattened:
+            raise ValueError(f"mask has {rows} rows, but the batch has {len(x)}.")
         scale = scale.to(x)  # moved once, to wherever this layer computes
-        return (x * scale, *args[1:])
+        split = x.view(rows, -1, x.shape[-1]) if flattened else x
+        return ((split * scale).view(x.shape), *args[1:])
 
     return pre_hook
 
@@ -119,6 +122,40 @@ def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def zeroed(lm: LM, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the model with single weights set to zero; inside the ``with`` block only.
+
+    Parameters
+    ----------
+    weights
+        Module name → bool (out, in), True where the weight is removed. The removed values are kept
+        aside, so memory grows with what is removed, not with the model.
+
+    Raises
+    ------
+    ValueError
+        If a mask's shape isn't that of the module's weight as (out, in).
+    """
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for name, mask in weights.items():
+                module = lm.model.get_submodule(name)
+                conv = isinstance(module, transformers.pytorch_utils.Conv1D)
+                weight = module.weight.T if conv else module.weight
+                if mask.shape != weight.shape:
+                    raise ValueError(f"{name}: mask {tuple(mask.shape)} for a weight {tuple(weight.shape)}.")
+                mask = mask.to(weight.device)
+                kept.append((weight, mask, weight[mask]))
+                weight[mask] = 0
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, mask, values in kept:
+                weight[mask] = values
 
 
 def first_masked_layer(masks: Tensor) -> list[int]:

@@ -2,7 +2,8 @@
 
 The noise that decides a token is a function of (seed, prompt, step, token) alone. Two runs with
 the same seed differ only where the model's own probabilities do, so the effect of removing a head
-is a paired difference; and the result doesn't depend on the batch, the order or the device.
+is a paired difference; and but for rounding the result doesn't depend on the batch, the order or
+the device.
 Adding Gumbel noise to log-probabilities and taking the maximum samples exactly from the softmax.
 
 Since few tokens change when a head goes, the unpruned model's continuation is a good draft: one
@@ -261,12 +262,16 @@ def _decode(s: _Sampling, waiting: Sequence[_Waiting]) -> None:
                 if not len(kept):
                     cache = DynamicCache()
                 elif len(kept) < len(keep):
-                    cache.batch_select_indices(kept.to(device))
+                    for own in cache.layers:  # each on its own device
+                        here = kept.to(own.keys.device)
+                        own.keys, own.values = own.keys[here], own.values[here]
                 sample = torch.cat([sample[kept], *(w.sample for w in joining)])
                 mask = torch.cat([mask[kept], *(w.mask for w in joining)])
                 step = torch.cat([step[kept], *(torch.full_like(w.sample, w.step) for w in joining)])
                 token = torch.cat([token[kept.to(device)], *(w.token for w in joining)])
                 done = torch.cat([done[kept.to(device)], *(torch.zeros_like(w.token) > 0 for w in joining)])
+                for w in joining:  # a batch that failed may have left tokens behind
+                    s.out[w.sample.to(device), w.step :] = -1
                 _join(cache, [w.past for w in joining])
                 if not len(sample):
                     continue
@@ -281,15 +286,16 @@ def _decode(s: _Sampling, waiting: Sequence[_Waiting]) -> None:
             step, at, length = step + 1, at + 1, length + 1
 
 
-def _in_batches(s: _Sampling, waiting: Sequence[_Waiting]) -> None:
-    """``_decode``, in halves where memory doesn't suffice."""
+def _in_batches(s: _Sampling, waiting: Sequence[_Waiting], rows: int) -> None:
+    """``_decode``, so many rows at a time, and in halves where memory doesn't suffice."""
     group = torch.cat([torch.full_like(w.sample, i) for i, w in enumerate(waiting)])
     row = torch.cat([torch.arange(len(w.sample)) for w in waiting])
 
     def run(group: Tensor, row: Tensor) -> None:
         _decode(s, [waiting[i].part(row[group == i]) for i in group.unique().tolist()])
 
-    in_halves(run, group, row)
+    for some in torch.arange(len(row)).split(rows):
+        in_halves(run, group[some], row[some])
 
 
 def _prompt_pass(s: _Sampling, ids: Tensor, sample: Tensor, mask: Tensor) -> _Waiting:
@@ -328,7 +334,9 @@ def _replay(
     picks = pick(logits.flatten(0, 1), keys, steps, s.top_k, s.temperature).view(-1, n)
     given = draft[on_device]
     is_end = torch.isin(given, s.ends())
-    wrong = (picks != given) & (is_end.cumsum(1) - is_end.int() == 0)
+    before_end = is_end.cumsum(1) - is_end.int() == 0
+    wrong = (picks != given) & before_end
+    given = given.masked_fill(~before_end, -1)
     first = torch.where(wrong.any(1), wrong.int().argmax(1), n)
     at = torch.arange(n, device=ids.device)
     right = torch.where(at < first[:, None], given, torch.where(at == first[:, None], picks, -1))
@@ -380,7 +388,8 @@ def sample(
     max_prompt_tokens
         Prompts are cut to this many tokens (FASP: 22). None doesn't cut.
     batch_rows, batch_tokens
-        Sequences per batch when decoding, and tokens per batch when checking drafts.
+        Sequences per batch when decoding (a prompt's seeds stay together), and tokens per batch when
+        checking drafts.
     progress
         Label of a progress bar; None for none.
 
@@ -390,7 +399,7 @@ def sample(
         Empty prompts, prompt + continuation longer than the context, sampling settings out of
         range, or masks or a draft that don't fit.
     torch.OutOfMemoryError
-        If a single row doesn't fit.
+        If a single prompt with its seeds doesn't fit.
     """
     if max_new_tokens < 1 or top_k < 0 or temperature < 0 or batch_rows < 1 or len(seeds) == 0:
         raise ValueError(
@@ -464,10 +473,10 @@ def sample(
                 in_halves(partial(check, start, clean, batch, given, of), mask, row)
                 shown.update(len(mask))
                 if sum(len(w.sample) for w in waiting) >= batch_rows:
-                    _in_batches(s, waiting)
+                    _in_batches(s, waiting, batch_rows)
                     waiting.clear()
         if waiting:
-            _in_batches(s, waiting)
+            _in_batches(s, waiting, batch_rows)
     shown.close()
     tokens = s.out.view(*shape, max_new_tokens).cpu().numpy()
     return Continuations(tokens=tokens, texts=decode(lm, tokens))
@@ -482,8 +491,11 @@ def _log_prob(
     ``direct`` computes the few logits that matter, in float32: rounded to 16 bits they would be the
     largest error of a log-ratio, and the whole vocabulary a good part of the time. Keeps gradients.
     """
-    chosen = steps.clamp(min=0)[..., None]
     head = lm.model.get_output_embeddings()
+    # with a model on several devices the last norm and the unembedding may be apart
+    hidden, steps = hidden.to(head.weight.device), steps.to(head.weight.device)
+    kept = None if kept is None else kept.to(head.weight.device)
+    chosen = steps.clamp(min=0)[..., None]
     if direct:
         tokens = torch.cat([chosen, kept], -1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -499,7 +511,7 @@ def _log_prob(
         of_chosen = logits.gather(-1, chosen)[..., 0]
         among = logits if kept is None else logits.gather(-1, kept)
     each = of_chosen / temperature - (among / temperature).logsumexp(-1)
-    return torch.where(steps >= 0, each, 0).sum(-1)
+    return torch.where(steps >= 0, each, 0).sum(-1).to(lm.device)
 
 
 def _capped(lm: LM, logits: Tensor) -> Tensor:
@@ -512,8 +524,9 @@ def _check_unembedding(lm: LM) -> None:
     """Logits must be what the unembedding makes of the last hidden state, and nothing else."""
     ids = torch.tensor([[1, 2, 3]], device=lm.device)
     with torch.no_grad():
-        ours = _capped(lm, lm.model.get_output_embeddings()(lm.model.base_model(ids).last_hidden_state))
-        if not torch.allclose(ours, lm.model(ids).logits, rtol=0.02, atol=0.02):
+        head, hidden = lm.model.get_output_embeddings(), lm.model.base_model(ids).last_hidden_state
+        ours = _capped(lm, head(hidden.to(head.weight.device))).to(lm.device)
+        if not torch.allclose(ours, lm.model(ids).logits.to(lm.device), rtol=0.02, atol=0.02):
             raise ValueError(
                 f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't "
                 "known here: use fidelity='exact', or add it to _capped in biasprune/decode.py."
@@ -526,8 +539,9 @@ def _kept(lm: LM, hidden: Tensor, top_k: int) -> Tensor | None:
         return None
     with torch.no_grad():
         # flat, since torch copies the unembedding once per row for a view with gaps
-        logits = lm.model.get_output_embeddings()(hidden.flatten(0, 1))
-    return top(logits, top_k)[1].view(*hidden.shape[:2], -1)
+        head = lm.model.get_output_embeddings()
+        logits = head(hidden.flatten(0, 1).to(head.weight.device))
+    return top(logits, top_k)[1].view(*hidden.shape[:2], -1).to(lm.device)
 
 
 def _batches(

@@ -95,14 +95,17 @@ def _rewritten(task: _Task, heads: Sequence[int], one_by_one: bool = False) -> d
     judge = task.judge.fresh if one_by_one else task.judge
     draft = None if one_by_one or not task.coupled else task.base.tokens[0]
     options = {**task.sampling, "batch_rows": task.batch_rows, "batch_tokens": task.batch_tokens}
-    scores, changed = [], []
+    scores, changed, written_as = [], [], []
+    numbers = np.random.default_rng(0).integers(1, 2**62, task.base.tokens.shape[-1])
     for some in np.split(np.array(heads), len(heads) if one_by_one else 1):
         masks = head_masks(task.lm.anatomy, [[int(h)] for h in some])
         streams = [0 if task.coupled else int(h) + 1 for h in some]
         written = sample(task.lm, task.texts, masks=masks, streams=streams, draft=draft, **options)
         scores.append(judge_continuations(task.texts, written, judge, task.rule))
         changed.append((written.tokens != task.base.tokens).any(-1))
-    return {"scores": np.concatenate(scores), "changed": np.concatenate(changed)}
+        written_as.append((written.tokens * numbers).sum(-1))  # equal for equal texts
+    parts = {"scores": scores, "changed": changed, "written": written_as}
+    return {name: np.concatenate(x) for name, x in parts.items()}
 
 
 def _naive(task: _Task, heads: Sequence[int]) -> dict[str, np.ndarray]:
@@ -225,7 +228,7 @@ def _estimate(
 
     base (seeds, prompts) are the unpruned model's scores, group (prompts,) their group's number.
     """
-    mean = measure.group_means(base.mean(0), group)[group]
+    mean = np.array([base[:, group == g].mean() for g in range(group.max() + 1)])[group]
     if "slope" not in of and "log_weight" in of:
         weight = _weight(of["log_weight"], max_weight)  # self-normalised
         return weight * base, weight
@@ -258,7 +261,9 @@ def _controlled(change: np.ndarray, cheap: np.ndarray, group: np.ndarray) -> np.
     """
     change, cheap = change.mean(1), cheap.mean(1)
     seen = np.isfinite(change)
-    fold = np.cumsum(seen, 1) % 2
+    fold = np.empty(seen.shape, dtype=int)
+    for g in range(group.max() + 1):  # both folds in every group
+        fold[:, group == g] = np.cumsum(seen[:, group == g], 1) % 2
     slope = []
     for f in (0, 1):
         x, y = (np.where(seen & (fold != f), v, 0) for v in (cheap, change))
@@ -458,14 +463,19 @@ def samples(
     heads = np.arange(lm.anatomy.n_flat) if heads is None else np.unique(np.asarray(heads, dtype=int))
     if not len(heads) or heads[0] < 0 or heads[-1] >= lm.anatomy.n_flat:
         raise ValueError(f"heads: give at least one flat index in 0 … {lm.anatomy.n_flat - 1}.")
+    if cut is not None:
+        n, (gamma, alpha) = len(heads), cut
+        if not (0 <= gamma < 1 and 1 <= int(alpha * n) < n - int(gamma * n)):
+            raise ValueError(f"cut = (γ, α) = {cut} prunes none or all of the heads that it doesn't protect.")
     axes = _axes(prompts)
     if fidelity == "adaptive" and len(axes) > 1:
         raise ValueError(f"fidelity 'adaptive' takes one axis at a time; got {', '.join(axes)}.")
     texts = list(dict.fromkeys(prompts["prompt"]))
     rows, tokens = batch_sizes(lm, (max_prompt_tokens or lm.context) + max_new_tokens, memory_gib)
+    given = {"batch_rows": batch_rows, "batch_tokens": batch_tokens}
     batch_rows, batch_tokens = batch_rows or rows, batch_tokens or tokens
     sampling = {
-        "seeds": list(seeds),
+        "seeds": [int(s) for s in seeds],
         "max_new_tokens": max_new_tokens,
         "top_k": top_k,
         "temperature": temperature,
@@ -499,7 +509,10 @@ def samples(
         "prompts": record.frame_sha256(prompts),
         "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
         "code": record.code_sha256(),
-        **{"fidelity": fidelity, "rule": rule, "batch_rows": batch_rows, "batch_tokens": batch_tokens},
+        **{"fidelity": fidelity, "rule": rule, **given},
+        "unpruned": hashlib.sha256(
+            base.tokens.tobytes() + task.base_scores.tobytes() + task.base_nll.tobytes()
+        ).hexdigest(),
         **{
             "coupled": coupled,
             "heads": heads.tolist(),

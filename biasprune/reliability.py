@@ -212,7 +212,8 @@ def needed(
     Returns
     -------
     DataFrame
-        seeds, prompts (in all, rounded up; infinite if the measurement shows no signal at all).
+        seeds, prompts (in all, rounded up; infinite if the measurement shows no signal at all, NaN for
+        other numbers of seeds than one if there was one).
 
     Raises
     ------
@@ -225,14 +226,15 @@ def needed(
     signal = float((centred[:, 0] * centred[:, 1]).mean())  # covariance of the halves
     noise = float(((centred[:, 0] - centred[:, 1]) ** 2).mean()) / 4  # of the mean of both halves
     n_seeds = len(per_seed)
-    sampling = noise  # one seed: can't be told apart
+    sampling = np.nan  # one seed: the two parts can't be told apart
     if n_seeds > 1:
         apart = per_seed - per_seed.mean(0)
         apart = apart - apart.mean(1, keepdims=True)
         sampling = min(noise, float((apart**2).sum(0).mean()) / (n_seeds - 1) / n_seeds)
     rows = []
     for s in seeds:
-        per_prompt = (noise - sampling + sampling * n_seeds / s) * n_prompts
+        again = noise if s == n_seeds else noise - sampling + sampling * n_seeds / s
+        per_prompt = again * n_prompts
         need = np.ceil(per_prompt / signal * wanted / (1 - wanted)) if signal > 0 else np.inf
         rows.append({"seeds": s, "prompts": need})
     return pd.DataFrame(rows)

@@ -290,6 +290,22 @@ def test_control_variate_lowers_the_variance_without_bias():
     assert (gain[:, 0] > 1.5).all() and (gain[:, 1] > 1.2).all() and (gain[:, 2] > 0.85).all()
 
 
+def test_group_means_with_more_than_ten_groups():
+    """Numbers of groups sort as numbers: the eleventh group isn't the second."""
+    group = np.repeat(np.arange(12), 3)
+    base = np.repeat(np.arange(12.0), 3)[None]
+    values, _ = headscores._estimate({"slope": np.ones((1, 1, 36))}, base, group, 20.0)
+    np.testing.assert_array_equal(values[0], base, "no score differs from its group's mean")
+
+
+def test_batches_of_the_machine_dont_decide_where_a_run_resumes(tiny, tmp_path, monkeypatch):
+    windows = text_windows(tiny)
+    for memory in (1e-4, 1.0):
+        options = {**SMALL, "checkpoint": tmp_path, "memory_gib": memory, "seeds": np.arange(2)}
+        frame = headscores.score(tiny, PROMPTS, judge.load(word_judge), windows, **options)
+    assert len(list(tmp_path.iterdir())) == 1 and len(frame) == 12
+
+
 def test_cut_sends_the_samples_to_the_undecided_heads(planted):
     table = planted_prompts()
     windows = measure.windows(planted, "My Ostrin friend is kind . " * 30, length=64)
@@ -300,6 +316,9 @@ def test_cut_sends_the_samples_to_the_undecided_heads(planted):
     protected = frame["ppl_without"].rank(method="first") > len(frame) - int(0.3 * len(frame))
     assert frame.loc[protected, "prompts"].max() <= frame.loc[~protected, "prompts"].max()
     assert frame["prompts"].nunique() > 1
+    for bad in ((0.3, 0.75), (0.9, 0.2), (0.2, 0.0)):
+        with pytest.raises(ValueError, match="prunes none or all"):
+            headscores.score(planted, table, judge.load("sentiment"), windows, cut=bad, **options)
 
 
 def test_gradient_estimates_the_enumerated_slope(tiny):
@@ -467,9 +486,33 @@ def test_bad_input(tiny, change, message):
         headscores.score(tiny, table, scorer, text_windows(tiny), **call)
 
 
-def test_bfloat16_runs_and_stays_close(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_run_and_stay_close(dtype):
     lm = random_lm("llama")
     exact = headscores.score(lm, PROMPTS, judge.load(word_judge), text_windows(lm), **SMALL)
-    lm.model.to(torch.bfloat16)
-    rough = headscores.score(lm, PROMPTS, judge.load(word_judge), text_windows(lm), **SMALL)
-    np.testing.assert_allclose(rough["ppl_without"], exact["ppl_without"], rtol=0.2)
+    lm.model.to(dtype)
+    for fidelity in headscores.FIDELITIES:
+        options = {**SMALL, "fidelity": fidelity}
+        rough = headscores.score(lm, PROMPTS, judge.load(word_judge), text_windows(lm), **options)
+        assert np.isfinite(rough["z_bias"]).all()
+        if fidelity != "gradient":
+            np.testing.assert_allclose(rough["ppl_without"], exact["ppl_without"], rtol=0.2)
+
+
+def test_models_spread_by_accelerate_score_the_same():
+    """Hooks as device_map="auto" puts them on every layer: masks and resumed passes go through them."""
+    import accelerate
+
+    whole, spread = random_lm("llama"), random_lm("llama")
+    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb"]
+    accelerate.dispatch_model(spread.model, {p: "cpu" for p in [*parts, "lm_head"]}, force_hooks=True)
+    assert hasattr(spread.model.model.layers[0], "_hf_hook")
+    for fidelity in ("exact", "importance", "gradient"):
+        frames = [
+            headscores.score(
+                lm, PROMPTS, judge.load(word_judge), text_windows(lm), fidelity=fidelity, **SMALL
+            )
+            for lm in (whole, spread)
+        ]
+        pd.testing.assert_frame_equal(*frames)
+    assert hasattr(spread.model.model.layers[0], "_hf_hook"), "left as it came"

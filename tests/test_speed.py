@@ -35,7 +35,7 @@ def test_tables_have_every_fidelity_and_exact_agrees():
     times = speed.bias_times(lm, PROMPTS, judge.load(word_judge), layers=2, naive_heads=1, max_new_tokens=4)
     table = speed.summary(times, lm.anatomy.n_flat).set_index("fidelity")
     assert list(table.index) == [speed.GENERATE, speed.REPAIRED, "naive", "exact", "importance", "gradient"]
-    assert table.loc["exact", "same_scores"] == 1 and table.loc[speed.GENERATE, "ratio"] == 1
+    assert table.loc["exact", "same_texts"] == 1 and table.loc[speed.GENERATE, "ratio"] == 1
     assert (table[["seconds", "ratio"]] > 0).all().all()
     windows = measure.windows(lm, "the friend is kind and " * 8, length=12)
     losses = speed.perplexity_times(lm, windows, layers=2, naive_heads=2)

@@ -1,0 +1,268 @@
+"""Scores of single weights and of MLP units: Wanda and SNIP, and the set difference of two scores.
+
+Wanda (Sun et al., ICLR 2024): |W_ij| · ‖x_j‖. SNIP (Lee et al., ICLR 2019; per example as in Wei et
+al., ICML 2024): Σ over examples |W_ij · ∂L/∂W_ij|. "Breaking Down Bias" (Ma et al., FAccT 2025)
+prunes what scores high on one group's answers and not on the other's.
+
+Scores are made one layer at a time, so that never more than one layer's are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from biasprune.ablate import masked, recorded, resumed
+from biasprune.lm import LM
+from biasprune.progress import bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Texts that a score is computed on.
+
+    Attributes
+    ----------
+    ids
+        (examples, tokens), padded on the right.
+    counted
+        (examples, tokens) bool: the tokens whose inputs (Wanda) and whose losses (SNIP) count.
+    """
+
+    ids: Tensor
+    counted: Tensor
+
+
+def examples(lm: LM, prompts: Sequence[str], responses: Sequence[str], *, whole: bool = False) -> Examples:
+    """Prompts with responses; only the responses' tokens count, or with ``whole`` all but the first.
+
+    Raises
+    ------
+    ValueError
+        No example, an empty response, unequal numbers, or a text longer than the context.
+    """
+    if len(prompts) == 0 or len(prompts) != len(responses):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses: give equally many, at least one."
+        )
+    rows, counted = [], []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start = lm.tokenizer(prompt)["input_ids"]
+        answer = lm.tokenizer(response, add_special_tokens=False)["input_ids"]
+        if not answer:
+            raise ValueError(f"response {i} is empty.")
+        if len(start) + len(answer) > lm.context:
+            raise ValueError(
+                f"example {i} has {len(start) + len(answer)} tokens; the context is {lm.context}."
+            )
+        rows.append(torch.tensor(start + answer))
+        first = 1 if whole else max(1, len(start))
+        counted.append(torch.arange(len(rows[-1])) >= first)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Examples(ids=pad(rows, batch_first=True), counted=pad(counted, batch_first=True))
+
+
+def linears(lm: LM, layer: int) -> dict[str, nn.Module]:
+    """The weight matrices of a layer by name, relative to the model."""
+    root = lm.anatomy.layers[layer]
+    found = lm.model.get_submodule(root).named_modules()
+    return {f"{root}.{name}": m for name, m in found if isinstance(m, nn.Linear | Conv1D)}
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A weight matrix as (out, in); a view, also of GPT-2's transposed Conv1D."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def _batches(of: Examples, batch_tokens: int) -> list[Tensor]:
+    return list(torch.arange(len(of.ids)).split(max(1, batch_tokens // of.ids.shape[1])))
+
+
+@torch.inference_mode()
+def input_norms(
+    lm: LM, of: Examples, *, rule: str = "corrected", batch_tokens: int = 4096, progress: str | None = None
+) -> dict[str, Tensor]:
+    """Mean over examples of Σ over counted tokens x_j², for every matrix: name → (in,) float64.
+
+    Parameters
+    ----------
+    rule
+        "corrected": every layer on its own input, one pass. "as_published": every layer on the
+        embeddings, as in the authors' public notebook, where the layers' inputs are never passed on.
+
+    Raises
+    ------
+    ValueError
+        Unknown rule.
+    """
+    if rule not in ("corrected", "as_published"):
+        raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
+    n = lm.anatomy.n_layers
+    sums: dict[str, Tensor] = {}
+
+    def watch(layers: Sequence[int], counted: Tensor, stack: ExitStack) -> None:
+        for layer in layers:
+            for name, module in linears(lm, layer).items():
+
+                def hook(module: nn.Module, args: tuple, name: str = name) -> None:
+                    # OPT flattens examples and tokens
+                    x = args[0].reshape(*counted.shape, -1)[counted.to(args[0].device)].double()
+                    sums[name] = sums.get(name, 0) + x.square().sum(0).cpu()
+
+                handle = module.register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+
+    for rows in bar(_batches(of, batch_tokens), desc=progress):
+        ids, counted = of.ids[rows].to(lm.device), of.counted[rows]
+        if rule == "corrected":
+            with ExitStack() as stack:
+                watch(range(n), counted, stack)
+                lm.model.base_model(ids, use_cache=False)
+            continue
+        with recorded(lm, [0]) as clean:
+            lm.model.base_model(ids, use_cache=False)
+        for layer in range(n):
+            with ExitStack() as stack:
+                watch([layer], counted, stack)
+                if layer:
+                    stack.enter_context(resumed(lm, layer, clean.hidden[0], clean.returns_tuple))
+                lm.model.base_model(ids, use_cache=False)
+    return {name: total / len(of.ids) for name, total in sums.items()}
+
+
+def wanda(lm: LM, norms: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """|W_ij| · √norm_j of a layer's matrices: name → (out, in) float32, on the weights' device."""
+    return {
+        name: weight_of(m).float().abs() * norms[name].sqrt().to(m.weight.device, torch.float32)
+        for name, m in linears(lm, layer).items()
+    }
+
+
+def _losses(lm: LM, ids: Tensor, counted: Tensor) -> Tensor:
+    """Mean loss over the counted tokens of every example: (examples,)."""
+    logits = lm.model(ids, use_cache=False).logits[:, :-1].float()
+    each = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    wanted = counted[:, 1:].to(each)
+    return (each * wanted).sum(1) / wanted.sum(1)
+
+
+def snip(
+    lm: LM, of: Examples, *, layers: Sequence[int] | None = None, at_once: int = 1, batch_tokens: int = 2048,
+    progress: str | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:  # fmt: skip
+    """Σ over examples |W_ij · ∂L/∂W_ij|, layer by layer: yields (layer, {name: (out, in) float32}).
+
+    L is an example's mean loss over counted tokens. Gradients of single examples are products of what
+    goes into a matrix and what comes back, for a whole batch from one backward pass.
+
+    Parameters
+    ----------
+    at_once
+        Layers whose scores are held together. More take more memory (4 bytes a weight) and fewer passes
+        over the examples.
+    """
+    layers = list(range(lm.anatomy.n_layers) if layers is None else layers)
+    groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
+    jobs = [(g, rows) for g in range(len(groups)) for rows in _batches(of, batch_tokens)]
+    scores: dict[str, Tensor] = {}
+    for job, (g, rows) in enumerate(bar(jobs, desc=progress)):
+        named = {name: m for layer in groups[g] for name, m in linears(lm, layer).items()}
+        with torch.enable_grad(), ExitStack() as stack:
+            # nothing before the first of these layers needs gradients
+            first = lm.model.get_submodule(lm.anatomy.layers[min(groups[g])])
+            stack.callback(first.register_forward_pre_hook(_wants_gradient, with_kwargs=True).remove)
+            for name, module in named.items():
+                stack.callback(module.register_forward_hook(_scorer(name, scores, len(rows))).remove)
+            ids, counted = of.ids[rows].to(lm.device), of.counted[rows].to(lm.device)
+            _losses(lm, ids, counted).sum().backward()
+        if job + 1 == len(jobs) or jobs[job + 1][0] != g:
+            for layer in groups[g]:
+                yield layer, {name: scores.pop(name) for name in linears(lm, layer)}
+
+
+def _wants_gradient(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+def _scorer(name: str, scores: dict[str, Tensor], n: int):  # noqa: ANN202  a torch hook
+    """A forward hook that adds a module's scores when the gradient of its output comes back."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        x = args[0].detach()
+
+        def back(gradient: Tensor) -> None:
+            weight = weight_of(module).detach().float()
+            total = scores.setdefault(name, torch.zeros_like(weight))
+            # one example: (tokens, out) and (tokens, in); OPT flattens examples and tokens
+            for g, i in zip(gradient.float().chunk(n), x.float().chunk(n), strict=True):
+                total += (weight * (g.flatten(0, -2).T @ i.flatten(0, -2))).abs()
+
+        output.register_hook(back)
+
+    return hook
+
+
+def unit_snip(lm: LM, of: Examples, *, batch_tokens: int = 2048, progress: str | None = None) -> np.ndarray:
+    """Σ over examples |∂L/∂mask| of every MLP unit at mask = 1: (layers, units) float64.
+
+    The first-order effect of removing a unit, as ``headscores.mask_gradient_l2`` is of a head.
+    """
+    a = lm.anatomy
+    total = np.zeros((a.n_layers, a.n_units))
+    for rows in bar(_batches(of, batch_tokens), desc=progress):
+        masks = torch.ones(len(rows), a.n_layers, a.n_units, device=lm.device, requires_grad=True)
+        with torch.enable_grad(), masked(lm, units=masks):
+            loss = _losses(lm, of.ids[rows].to(lm.device), of.counted[rows].to(lm.device)).sum()
+            (gradient,) = torch.autograd.grad(loss, masks)
+        total += gradient.double().abs().sum(0).cpu().numpy()
+    return total
+
+
+def unit_wanda(lm: LM, norms: Mapping[str, Tensor]) -> np.ndarray:
+    """‖column of the down projection‖ · √norm of every MLP unit: (layers, units) float64."""
+    rows = []
+    for name in lm.anatomy.down_projs:
+        column = weight_of(lm.model.get_submodule(name)).double().norm(dim=0).cpu()
+        rows.append((column * norms[name].sqrt()).numpy())
+    return np.stack(rows)
+
+
+def top_share(score: Tensor, share: float, per_row: bool = False) -> Tensor:
+    """The int(share · n) highest of a matrix, or of every row: bool, of the same shape.
+
+    Raises
+    ------
+    ValueError
+        If the share isn't between 0 and 1, or the scores hold NaN.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share {share}: choose a number from 0 to 1.")
+    if score.isnan().any():
+        raise ValueError("scores hold NaN.")
+    flat = score if per_row else score.reshape(1, -1)
+    k = int(share * flat.shape[1] + 1e-9)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen.scatter_(1, flat.topk(k, dim=1).indices, True)
+    return chosen.view(score.shape)
+
+
+def set_difference(
+    bias: Tensor, protect: Sequence[Tensor], p: float, q: float, per_row: bool = False
+) -> Tensor:
+    """Top p of the bias score, minus the top q of every score to protect: bool, of the same shape.
+
+    Scores to protect: the other group's (published), and a utility set's (as in Wei et al.).
+    """
+    chosen = top_share(bias, p, per_row)
+    for score in protect:
+        chosen &= ~top_share(score, q, per_row)
+    return chosen
