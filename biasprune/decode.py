@@ -437,8 +437,15 @@ def sample(
     number = torch.arange(int(np.prod(shape))).view(shape)  # of a sample: its row in s.out
     shown = bar(total=number.numel(), desc=progress, unit="text")
     if draft is None:
-        # masks outermost: neighbouring rows then touch few layers
-        jobs = torch.cartesian_prod(torch.arange(len(masks)), torch.arange(len(prompts)))
+        # Rows of one length go through all steps together; within a length masks are outermost, so that
+        # neighbouring rows touch few layers.
+        length = torch.tensor([len(x) for x in ids])
+        jobs = torch.cat(
+            [
+                torch.cartesian_prod(torch.arange(len(masks)), (length == n).nonzero()[:, 0])
+                for n in length.unique()
+            ]
+        )
 
         def run(mask: Tensor, prompt: Tensor) -> None:
             lengths = torch.tensor([len(ids[j]) for j in prompt])
