@@ -109,7 +109,7 @@ def run(names: list[str], out: Path, only: list[str]) -> int:
     if not notebooks:
         known = ", ".join(n.stem for n in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
         sys.exit(f"No such notebook: {', '.join(only)}. Known: {known}.")
-    accepted = {n: parameters_of(n) for n in notebooks}
+    accepted = {n: parameters_of(n) for n in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
     jobs = []
     for name in names:  # everything is checked before anything starts
         values = read_parameters(name)
