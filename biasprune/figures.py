@@ -207,7 +207,7 @@ def precision_against_time(table: pd.DataFrame) -> Figure:
     axis.set_xlim(*x)
     axis.set_xlabel("seconds for all heads (log scale)")
     axis.set_ylabel("standard error of z_bias\n(root mean square over heads, log scale)")
-    axis.set_title("Lower and further left is better; grey: what more prompts would give")
+    axis.set_title("Lower and further left is better; grey: standard errors that fall with √prompts")
     axis.legend(
         title="times sooner at equal standard error (95 %)", loc="upper left", bbox_to_anchor=(1.01, 1)
     )

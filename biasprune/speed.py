@@ -226,8 +226,8 @@ def precision(
 ) -> pd.DataFrame:
     """Time to the same standard error of z_bias, against the loop with independent noise.
 
-    Time × squared standard error doesn't depend on the number of prompts ("adaptive" excepted, whose
-    rounds double), so its ratio says how many times sooner a method reaches any wanted standard error.
+    As far as standard errors fall with the root of the number of prompts, time × squared standard error
+    doesn't depend on it, and its ratio says how many times sooner a method reaches a wanted one.
     "adaptive" stops where its standard errors look small, which makes them look a little too small.
 
     Parameters

@@ -198,8 +198,9 @@ roof.style.hide(axis="index").format(precision=2).format("{:.2e}", subset=["peak
 # effect carries the noise of two runs. With coupled noise most texts stay as they are; importance weights also take away what is
 # left of the sampling noise in each; `adaptive` spends first-order effects on many prompts and weights on few.
 #
-# Standard errors are bootstrap ones over prompts. Time × squared standard error doesn't depend on the number of prompts, `adaptive`
-# excepted: its rounds double, and it stops where its standard errors look small. Intervals of the gain are over heads alone,
+# Standard errors are bootstrap ones over prompts. Time × squared standard error wouldn't depend on the number of prompts if
+# standard errors fell with its root; `importance` on few and on more prompts shows how far that holds. `adaptive` stops where its
+# standard errors look small, which flatters it. Intervals of the gain are over heads alone,
 # so they leave out what other prompts or another run would change.
 
 # %%
