@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from biasprune.lm import LM, Anatomy
+from biasprune.lm import LM, Anatomy, weight_of
 
 
 def head_mask(anatomy: Anatomy, heads: Iterable[int]) -> Tensor:
@@ -143,9 +143,7 @@ def zeroed(lm: LM, weights: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, mask in weights.items():
-                module = lm.model.get_submodule(name)
-                conv = isinstance(module, transformers.pytorch_utils.Conv1D)
-                weight = module.weight.T if conv else module.weight
+                weight = weight_of(lm.model.get_submodule(name))
                 if mask.shape != weight.shape:
                     raise ValueError(f"{name}: mask {tuple(mask.shape)} for a weight {tuple(weight.shape)}.")
                 mask = mask.to(weight.device)

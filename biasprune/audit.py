@@ -19,6 +19,7 @@ from torch import Tensor
 from biasprune.decode import sample
 from biasprune.fetch import data_dir
 from biasprune.lm import LM
+from biasprune.prompts import read_csv
 
 _COLUMNS = {
     "contexts": ("context", "variation", "question", "unit", "prefix"),
@@ -46,7 +47,7 @@ def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
     path = data_dir() / "audit" / f"{what}.csv" if source == "biasprune" else Path(source)
     if not path.is_file():
         raise ValueError(f"No such file of {what}: {path}.")
-    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    table = read_csv(path)
     optional = {"source", "prefix", "unit"}
     if missing := [c for c in _COLUMNS[what] if c not in table and c not in optional]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}.")

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import psutil
@@ -527,8 +528,16 @@ def _capped(lm: LM, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+_CHECKED: WeakSet[LM] = WeakSet()
+
+
 def _check_unembedding(lm: LM) -> None:
-    """Logits must be what the unembedding makes of the last hidden state, and nothing else."""
+    """Logits must be what the unembedding makes of the last hidden state, and nothing else.
+
+    Looked at once for every model.
+    """
+    if lm in _CHECKED:
+        return
     ids = torch.tensor([[1, 2, 3]], device=lm.device)
     with torch.no_grad():
         head, hidden = lm.model.get_output_embeddings(), lm.model.base_model(ids).last_hidden_state
@@ -538,6 +547,7 @@ def _check_unembedding(lm: LM) -> None:
                 f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't "
                 "known here: use fidelity='exact', or add it to _capped in biasprune/decode.py."
             )
+    _CHECKED.add(lm)
 
 
 def _kept(lm: LM, hidden: Tensor, top_k: int) -> Tensor | None:

@@ -167,7 +167,6 @@ def group_scores(table: pd.DataFrame) -> Figure:
 
 def speed_ratios(table: pd.DataFrame) -> Figure:
     """Times faster than the loop, per fidelity and work; bars to the lowest and highest layer."""
-    table = table[table["fidelity"] != "naive: transformers.generate"]
     works = list(dict.fromkeys(zip(table["dtype"], table["work"], strict=True)))
     figure, axis = plt.subplots(figsize=(8.5, 0.45 * len(table) + 1.6))
     names = list(table["fidelity"].unique())

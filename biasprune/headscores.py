@@ -21,7 +21,7 @@ from biasprune import measure, record, select
 from biasprune.ablate import head_masks, masked
 from biasprune.decode import Continuations, batch_sizes, log_prob_gradient, log_ratio, sample
 from biasprune.judge import Judge
-from biasprune.lm import LM
+from biasprune.lm import LM, weight_of
 from biasprune.progress import bar
 
 FIDELITIES = ("naive", "exact", "importance", "gradient", "adaptive")
@@ -186,6 +186,12 @@ def _adaptive(
     groups = task.prompts.drop_duplicates("prompt")["bucket"].astype(str).to_numpy()
     heads, rewrite, per_file = np.arange(n), np.zeros(n, dtype=bool), 4 * task.lm.anatomy.n_heads
     for number, which in enumerate(_rounds(groups, first)):
+        if number:
+            frame = _frame(task, task.prompts, got)
+            order = frame["z_bias_se"] if cut is None else -_certainty(frame, *cut)
+            heads = np.sort(order.loc[heads].nlargest(len(heads) // 2).index)
+        if not len(heads):
+            break
         part = task.part(which)
 
         def fill(name: str, some: np.ndarray, make: Callable, number: int = number, which=which) -> None:
@@ -203,11 +209,6 @@ def _adaptive(
             rewrite = ~(_ess(got["log_weight"], task.max_weight) >= min_ess)
         if rewrite[heads].any():
             fill("scores", heads[rewrite[heads]], lambda c, t=part: _rewritten(t, task.heads[c]))
-        frame = _frame(task, task.prompts, got)
-        order = frame["z_bias_se"] if cut is None else -_certainty(frame, *cut)
-        heads = np.sort(order.loc[heads].nlargest(len(heads) // 2).index)
-        if not len(heads):
-            break
     return got
 
 
@@ -228,7 +229,7 @@ def _estimate(
 
     base (seeds, prompts) are the unpruned model's scores, group (prompts,) their group's number.
     """
-    mean = np.array([base[:, group == g].mean() for g in range(group.max() + 1)])[group]
+    mean = measure.group_means(base.mean(0), group)[group]
     if "slope" not in of and "log_weight" in of:
         weight = _weight(of["log_weight"], max_weight)  # self-normalised
         return weight * base, weight
@@ -625,8 +626,7 @@ def magnitude_l2(lm: LM) -> np.ndarray:
     norms = []
     for block, out in zip(a.layers, a.out_projs, strict=True):
         module = lm.model.get_submodule(out)
-        is_conv = type(module).__name__ == "Conv1D"
-        columns = (module.weight if is_conv else module.weight.T).reshape(a.n_heads, -1)
+        columns = weight_of(module).T.reshape(a.n_heads, -1)
         parts = [*_rows_per_head(lm, lm.model.get_submodule(block)), columns]
         norms.append(sum(p.float().square().sum(1) for p in parts).sqrt().cpu())
     flat = torch.cat(norms).double().numpy()

@@ -137,10 +137,15 @@ class LM:
         return f"sha256:{digest.hexdigest()}"
 
 
-def projection_width(module: nn.Module) -> int:
-    """Input width of a Linear or a GPT-2 Conv1D (whose weight is stored transposed)."""
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a Linear or of GPT-2's Conv1D, which stores it transposed: a view (out, in)."""
     is_conv = isinstance(module, transformers.pytorch_utils.Conv1D)
-    return module.weight.shape[0 if is_conv else 1]
+    return module.weight.T if is_conv else module.weight
+
+
+def projection_width(module: nn.Module) -> int:
+    """Input width of a Linear or a Conv1D."""
+    return weight_of(module).shape[1]
 
 
 def _find(parent: nn.Module, names: tuple[str, ...]) -> str | None:

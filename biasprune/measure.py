@@ -17,13 +17,19 @@ from biasprune.lm import LM
 from biasprune.progress import bar
 
 
+def _labels(buckets: Sequence) -> np.ndarray:
+    """Labels that sort as what they are: numbers as numbers (10 after 2), all else as text."""
+    labels = np.asarray(buckets)
+    return labels if labels.dtype.kind in "iu" else labels.astype(str)
+
+
 def _groups(buckets: Sequence[str], weights: ArrayLike | None, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Group index of each prompt (n,) and share of each group (groups,)."""
     if len(buckets) != n:
         raise ValueError(f"{n} scores for {len(buckets)} prompts.")
-    names, index = np.unique(np.asarray(buckets, dtype=str), return_inverse=True)
+    names, index = np.unique(_labels(buckets), return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"only one group ({', '.join(names)}): bias needs at least two to compare.")
+        raise ValueError(f"only one group ({', '.join(map(str, names))}): bias needs two or more to compare.")
     weights = np.full(n, 1 / n) if weights is None else np.asarray(weights, dtype=float)
     if weights.shape != (n,) or not np.isfinite(weights).all() or (weights <= 0).any():
         raise ValueError("weights must be one positive number per prompt.")
@@ -269,10 +275,18 @@ def window_nll(lm: LM, windows: Windows, rows: Tensor) -> Tensor:
 
     Keeps gradients if the caller has them on; masks are the caller's.
     """
-    ids = windows.ids[rows].to(lm.device)
-    position = torch.arange(1, ids.shape[1])
+    position = torch.arange(windows.ids.shape[1])
     first, last = (torch.from_numpy(x)[rows, None] for x in (windows.first, windows.last))
-    wanted = ((position >= first) & (position < last)).to(lm.device)
+    counted = (position >= first) & (position < last)
+    return mean_nll(lm, windows.ids[rows].to(lm.device), counted.to(lm.device))
+
+
+def mean_nll(lm: LM, ids: Tensor, counted: Tensor) -> Tensor:
+    """Mean negative log-likelihood (nats) of the counted tokens of every row: (rows, tokens) → (rows,).
+
+    A row's first token is never predicted. Keeps gradients if the caller has them on.
+    """
+    wanted = counted[:, 1:]
     logits = lm.model(ids, use_cache=False).logits
     wide = torch.promote_types(logits.dtype, torch.float32)
     # row by row: a float32 copy of all logits at once would double the peak memory

@@ -229,7 +229,7 @@ def _own(axis: str) -> pd.DataFrame:
     """
     folder = fetch.data_dir() / "prompts"
     descriptors, nouns, templates = (
-        _read_csv(folder / f"{part}.csv") for part in ("descriptors", "nouns", "templates")
+        read_csv(folder / f"{part}.csv") for part in ("descriptors", "nouns", "templates")
     )
     rows = []
     for bucket, forms in descriptors[descriptors["axis"] == axis].groupby("bucket", sort=False):
@@ -250,7 +250,7 @@ def _from_csv(axis: str, path: Path) -> pd.DataFrame:
     """The rows of a user's file that belong to the axis, with all ``COLUMNS``."""
     if not path.is_file():
         raise ValueError(f"Unknown source {str(path)!r}: neither 'biasprune', 'holistic_bias' nor a file.")
-    table = _read_csv(path)
+    table = read_csv(path)
     missing = [c for c in ("prompt", "bucket") if c not in table]
     if missing:
         raise ValueError(f"{path} lacks the columns {missing}; it has {list(table)}.")
@@ -267,7 +267,7 @@ def _from_csv(axis: str, path: Path) -> pd.DataFrame:
     return table.assign(axis=axis, **{c: NONE for c in COLUMNS[1:] if c not in table})
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path) -> pd.DataFrame:
     """A CSV file as strings: "null" and "NA" stay words, and a missing field is ""."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")

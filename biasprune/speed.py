@@ -72,6 +72,11 @@ def layers_of(lm: LM, n: int) -> list[list[int]]:
     return [list(range(x * width, (x + 1) * width)) for x in layers]
 
 
+def _some(heads: list[int], n: int) -> list[int]:
+    """n of a layer's heads, evenly."""
+    return heads[:: max(1, len(heads) // n)][:n]
+
+
 def bias_times(
     lm: LM,
     prompts: pd.DataFrame,
@@ -114,7 +119,7 @@ def bias_times(
         short = {**options, "fidelity": name, "heads": [0], "max_new_tokens": 2}
         headscores.samples(lm, prompts, judge.emptied(), windows, **short)
     for heads in bar(layers_of(lm, layers), desc=progress):
-        few = heads[:: max(1, len(heads) // naive_heads)][:naive_heads]
+        few = _some(heads, naive_heads)
         layer = heads[0] // lm.anatomy.n_heads
         for name in (GENERATE, REPAIRED):
             call = (texts, few, judge.emptied())
@@ -158,7 +163,7 @@ def perplexity_times(lm: LM, windows: measure.Windows, *, layers: int, naive_hea
     """
     rows = []
     for heads in layers_of(lm, layers):
-        few = heads[:: max(1, len(heads) // naive_heads)][:naive_heads]
+        few = _some(heads, naive_heads)
         layer = heads[0] // lm.anatomy.n_heads
         masks = head_masks(lm.anatomy, [[h] for h in heads])
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from biasprune.ablate import masked, recorded, resumed
-from biasprune.lm import LM
+from biasprune.lm import LM, weight_of
+from biasprune.measure import mean_nll
 from biasprune.progress import bar
 
 
@@ -74,11 +74,6 @@ def linears(lm: LM, layer: int) -> dict[str, nn.Module]:
     root = lm.anatomy.layers[layer]
     found = lm.model.get_submodule(root).named_modules()
     return {f"{root}.{name}": m for name, m in found if isinstance(m, nn.Linear | Conv1D)}
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """A weight matrix as (out, in); a view, also of GPT-2's transposed Conv1D."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def _batches(of: Examples, batch_tokens: int) -> list[Tensor]:
@@ -145,14 +140,6 @@ def wanda(lm: LM, norms: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     }
 
 
-def _losses(lm: LM, ids: Tensor, counted: Tensor) -> Tensor:
-    """Mean loss over the counted tokens of every example: (examples,)."""
-    logits = lm.model(ids, use_cache=False).logits[:, :-1].float()
-    each = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    wanted = counted[:, 1:].to(each)
-    return (each * wanted).sum(1) / wanted.sum(1)
-
-
 def snip(
     lm: LM, of: Examples, *, layers: Sequence[int] | None = None, at_once: int = 1, batch_tokens: int = 2048,
     progress: str | None = None,
@@ -181,7 +168,7 @@ def snip(
             for name, module in named.items():
                 stack.callback(module.register_forward_hook(_scorer(name, scores, len(rows))).remove)
             ids, counted = of.ids[rows].to(lm.device), of.counted[rows].to(lm.device)
-            _losses(lm, ids, counted).sum().backward()
+            mean_nll(lm, ids, counted).sum().backward()
         if job + 1 == len(jobs) or jobs[job + 1][0] != g:
             for layer in groups[g]:
                 yield layer, {name: scores.pop(name) for name in linears(lm, layer)}
@@ -221,7 +208,7 @@ def unit_snip(lm: LM, of: Examples, *, batch_tokens: int = 2048, progress: str |
     for rows in bar(_batches(of, batch_tokens), desc=progress):
         masks = torch.ones(len(rows), a.n_layers, a.n_units, device=lm.device, requires_grad=True)
         with torch.enable_grad(), masked(lm, units=masks):
-            loss = _losses(lm, of.ids[rows].to(lm.device), of.counted[rows].to(lm.device)).sum()
+            loss = mean_nll(lm, of.ids[rows].to(lm.device), of.counted[rows].to(lm.device)).sum()
             (gradient,) = torch.autograd.grad(loss, masks)
         total += gradient.double().abs().sum(0).cpu().numpy()
     return total

@@ -144,7 +144,7 @@ ppl_speed[[*columns, "difference"]].style.hide(axis="index").format(precision=1)
 # `difference` is the largest relative difference of a perplexity.
 
 # %%
-figure = figures.speed_ratios(bias_speed)
+figure = figures.speed_ratios(bias_speed[bias_speed["fidelity"] != speed.GENERATE])
 figures.save(figure, folder / "figures", "speed_ratios")
 
 # %% [markdown]

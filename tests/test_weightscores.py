@@ -131,7 +131,7 @@ def test_unit_scores(tiny):
                 mask = torch.ones(3, 48)
                 mask[layer, unit] += step
                 with torch.no_grad(), ablate.masked(tiny, units=mask):
-                    losses.append(float(ws._losses(tiny, ids, counted)))
+                    losses.append(float(ws.mean_nll(tiny, ids, counted)))
             total += abs(losses[0] - losses[1]) / 2e-2
         assert got[layer, unit] == pytest.approx(total, rel=0.05, abs=1e-3)
     norms = ws.input_norms(tiny, of)
