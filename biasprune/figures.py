@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -187,6 +188,33 @@ def speed_ratios(table: pd.DataFrame) -> Figure:
     axis.set_xlabel("times faster than transformers.generate, head by head (log scale)")
     axis.set_title("z_bias of all heads, same samples (bars: lowest and highest layer)")
     axis.legend(title="prompts × new tokens", loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def time_parts(table: pd.DataFrame, parts: Sequence[str]) -> Figure:
+    """Where the time per head goes: stacked bars, in percent of the first fidelity of each work."""
+    works = list(table.groupby(["dtype", "work"], sort=False))
+    figure, axes = plt.subplots(
+        len(works), 1, sharex=True, squeeze=False, figsize=(8.5, 0.35 * len(table) + 0.5 * len(works) + 1)
+    )
+    shades = sns.color_palette("cividis", len(parts))
+    for axis, ((dtype, work), own) in zip(axes[:, 0], works, strict=True):
+        left, whole = np.zeros(len(own)), own["per_head"].iloc[0]
+        for part, shade, hatch in zip(parts, shades, ("", "//", "", "..", "", "xx"), strict=False):
+            width = 100 * own[part].to_numpy() / whole
+            axis.barh(
+                own["fidelity"], width, left=left, color=shade, hatch=hatch, edgecolor="white", label=part
+            )
+            left += width
+        for y, end in enumerate(left):
+            axis.annotate(
+                f"{end:.0f} %", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axis.invert_yaxis()
+        axis.set_title(f"{work}, {dtype}", fontsize=10, loc="left")
+        axis.grid(visible=False, axis="y")
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.08, 1))
+    axes[-1, 0].set_xlabel("time per head, percent of the loop's")
     return figure
 
 

@@ -246,17 +246,20 @@ def row(
     """One line of a reliability table: split half, seeds, what is needed; arguments as ``needed``.
 
     ``budget`` is a number of prompts to which the split-half reliability is stepped up (default: the
-    paper's gender axis).
+    paper's gender axis). Projections are NaN where the reliability can't be told from 0: they would
+    be projections of noise.
     """
     half = split_half(halves)
     need = needed(halves, per_seed, n_prompts, wanted, (1, 10)).set_index("seeds")["prompts"]
-    line: dict[str, float | str] = {"scores": name, "prompts": n_prompts, "seeds": len(per_seed)}
+    line: dict[str, float | str] = {"scores": name, "heads": halves.shape[-1], "prompts": n_prompts}
+    line |= {"seeds": len(per_seed)}
     line |= {f"split_half{k}": half[v] for k, v in (("", "r"), ("_low", "low"), ("_high", "high"))}
     if len(per_seed) > 1:
         seeds = agreement(per_seed)
         line |= {"seeds_r": seeds["r"], "seeds_low": seeds["low"], "seeds_high": seeds["high"]}
-    line["at_published_budget"] = float(spearman_brown(max(half["r"], 0.0), budget / n_prompts))
-    return line | {"needed_1_seed": need[1], "needed_10_seeds": need[10]}
+    told = half["low"] > 0
+    line["at_published_budget"] = float(spearman_brown(half["r"], budget / n_prompts)) if told else np.nan
+    return line | {f"needed_{k}_seed{'s' * (k > 1)}": need[k] if told else np.nan for k in (1, 10)}
 
 
 def published_agreement(axis: str = "gender_and_sex", split: str = "valid") -> pd.DataFrame:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from biasprune import headscores, measure
 from biasprune.ablate import head_mask, head_masks, masked
+from biasprune.decode import log_ratio, sample
 from biasprune.judge import Judge
 from biasprune.lm import LM
 from biasprune.progress import bar
@@ -190,6 +195,104 @@ def perplexity_times(lm: LM, windows: measure.Windows, *, layers: int, naive_hea
         rows.append(
             {"layer": layer, "fidelity": "gradient", "per_head": 0.0, "once": seconds, "peak_mib": peak}
         )
+    return pd.DataFrame(rows)
+
+
+PARTS = ("layers", "layers, token by token", "unembedding", "unembedding, token by token", "judge", "rest")
+
+
+def _parts(lm: LM, judge: Judge, call: Callable[[Judge], None]) -> dict[str, float]:
+    """Seconds that a call spends in each of ``PARTS``; on a GPU watching makes it slower.
+
+    "layers" and "unembedding" are passes over whole sequences; "rest" is drawing tokens, losses, copying
+    caches, and Python.
+    """
+    spent: Counter[str] = Counter()
+    started: list[float] = []
+
+    def now() -> float:
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize(lm.device)
+        return time.perf_counter()
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        started.append(now())
+
+    def after(part: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            one = x.dim() == 3 and x.shape[1] == 1
+            spent[part + ", token by token" * one] += now() - started.pop()
+
+        return hook
+
+    def score(texts: Sequence[str]) -> np.ndarray:
+        start = now()
+        scores = judge.fresh(texts)
+        spent["judge"] += now() - start
+        return scores
+
+    layers = [(lm.model.get_submodule(name), "layers") for name in lm.anatomy.layers]
+    with ExitStack() as stack:
+        for module, part in [*layers, (lm.model.get_output_embeddings(), "unembedding")]:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after(part), with_kwargs=True).remove)
+        start = now()
+        call(Judge(judge.name, score))
+        spent["rest"] = now() - start - sum(spent.values())
+    return {part: spent[part] for part in PARTS}
+
+
+@torch.inference_mode()
+def profile(
+    lm: LM,
+    prompts: Sequence[str],
+    judge: Judge,
+    windows: measure.Windows,
+    *,
+    naive_heads: int,
+    max_new_tokens: int,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    max_prompt_tokens: int | None = 22,
+) -> pd.DataFrame:
+    """Where the time goes for the heads of the middle layer, for the repaired loop and for what replaces it.
+
+    Returns
+    -------
+    DataFrame
+        score (z_bias or z_ppl), fidelity, and seconds per head in each of ``PARTS``, without what is
+        done once for all heads.
+    """
+    (heads,) = layers_of(lm, 1)
+    few = _some(heads, naive_heads)
+    texts, masks = list(prompts), head_masks(lm.anatomy, [[h] for h in heads])
+    drawing = {"top_k": top_k, "temperature": temperature, "max_prompt_tokens": max_prompt_tokens}
+    base = sample(lm, texts, max_new_tokens=max_new_tokens, **drawing)
+    seen = list(base.texts.reshape(-1))
+
+    def exact(judge: Judge) -> None:
+        new = sample(lm, texts, masks=masks, draft=base.tokens[0], max_new_tokens=max_new_tokens, **drawing)
+        judge(list(set(new.texts.reshape(-1)) - set(seen)))
+
+    def loop(judge: Judge) -> None:
+        generate_loop(lm, texts, few, judge, max_new_tokens=max_new_tokens, repaired=True, **drawing)
+
+    def loss_loop(judge: Judge) -> None:
+        for h in few:
+            measure.nll(lm, windows, head_mask(lm.anatomy, [h])[None])
+
+    calls = [
+        ("z_bias", REPAIRED, loop, few),
+        ("z_bias", "exact", exact, heads),
+        ("z_bias", "importance", lambda _: log_ratio(lm, texts, base.tokens[0], masks, **drawing), heads),
+        ("z_ppl", "naive", loss_loop, few),
+        ("z_ppl", "exact", lambda _: measure.nll(lm, windows, masks), heads),
+    ]
+    rows = []
+    for score, fidelity, call, of in calls:
+        spent = _parts(lm, judge, call)
+        rows.append({"score": score, "fidelity": fidelity, **{k: v / len(of) for k, v in spent.items()}})
     return pd.DataFrame(rows)
 
 

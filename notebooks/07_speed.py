@@ -20,7 +20,7 @@
 #
 # **Claims of this companion.** (1) `exact` gives the loop's own tokens at least 2 – 3 times sooner; (2) `importance`
 # reaches the same standard error at least 15 times sooner, `adaptive` at least 50 times. Each is checked at the end, and shown as
-# missed where it is. Section 5 asks whether the same heads would come out again, with coupled and with independent noise.
+# missed where it is. Section 6 asks whether the same heads would come out again, with coupled and with independent noise.
 #
 # **Cost.** With the defaults (a tiny model): under a minute on two CPU cores, 1 GB. `params/smollm2.yaml`: see the table
 # of runs in `reports/`.
@@ -148,7 +148,65 @@ figure = figures.speed_ratios(bias_speed[bias_speed["fidelity"] != speed.GENERAT
 figures.save(figure, folder / "figures", "speed_ratios")
 
 # %% [markdown]
-# ## 2 Other shapes, and how cost grows
+# ## 2 Where the time goes, and what is left
+# The same work again for the heads of the middle layer, watched: seconds per head inside the layers, the unembedding and the judge;
+# `rest` is drawing tokens, losses, copying caches, and Python. What is done once for all heads is left out.
+
+
+# %%
+def watched(d: str, n: int, steps: int) -> pd.DataFrame:
+    net, some = nets[d], prompts.sample(table, n, seed=0)
+    windows = measure.windows(net, text, length=speed_window, max_tokens=speed_tokens)
+    spent = speed.profile(
+        net,
+        some["prompt"],
+        judged_by,
+        windows,
+        naive_heads=speed_naive_heads,
+        max_new_tokens=steps,
+        **sampling,
+    )
+    work = np.where(
+        spent["score"] == "z_bias", f"z_bias, {n} prompts × {steps} tokens", f"z_ppl, {speed_tokens} tokens"
+    )
+    return spent.assign(dtype=d, work=work)  # fmt: skip
+
+
+parts = run.frame(
+    "profile",
+    lambda: (
+        pd.concat([watched(d, n, s) for d in speed_dtypes for n, s in speed_work])
+        .drop_duplicates(["dtype", "work", "fidelity"])
+        .drop(columns="score")
+    ),
+)
+parts["per_head"] = parts[list(speed.PARTS)].sum(axis=1)
+parts[["dtype", "work", "fidelity", "per_head", *speed.PARTS]].style.hide(axis="index").format(
+    precision=3
+).set_caption("Seconds per head of the middle layer")
+
+# %%
+figure = figures.time_parts(parts, speed.PARTS)
+figures.save(figure, folder / "figures", "time_parts")
+
+# %% [markdown]
+# Resuming at the head's layer takes away half of the time in the layers, and nothing else: the unembedding and the loss read the last
+# layer. The most that it can gain for z_ppl is therefore
+
+# %%
+loop = parts[(parts["fidelity"] == "naive")]
+limit = loop["per_head"] / (loop["per_head"] - loop["layers"] / 2)
+run.frame("limit", lambda: loop[["dtype", "work"]].assign(limit=limit))
+loop[["dtype", "work"]].assign(limit=limit).style.hide(axis="index").format(precision=2)
+
+# %% [markdown]
+# times the loop, on average over layers, whatever the code. (With a larger model the vocabulary weighs less, and the limit nears 2.) For
+# z_bias `exact` pays for one pass over prompt and text from the head's layer on, all tokens at once, and then writes what changed,
+# token by token; both run at the speed of the matrix products. What it saves are the layers below the head, the tokens that stay
+# the same, and texts that were judged before.
+
+# %% [markdown]
+# ## 3 Other shapes, and how cost grows
 # Random weights of GPT-2's shapes, with the vocabulary of the model above: the text is senseless, and few tokens change when a head
 # goes, which flatters `exact`; the other times are those of the shape. Costs grow with heads (number of passes), prompts and
 # tokens (length of each).
@@ -193,7 +251,7 @@ roof["share"] = roof["operations"] / roof["seconds"] / roof["peak"]
 roof.style.hide(axis="index").format(precision=2).format("{:.2e}", subset=["peak", "operations"])
 
 # %% [markdown]
-# ## 3 Time to the same standard error
+# ## 4 Time to the same standard error
 # What a user waits for is not samples but a standard error of z_bias. The loop draws fresh noise for every head, so a head's
 # effect carries the noise of two runs. With coupled noise most texts stay as they are; importance weights also take away what is
 # left of the sampling noise in each; `adaptive` spends first-order effects on many prompts and weights on few.
@@ -251,10 +309,10 @@ figures.save(figure, folder / "figures", "precision_against_time")
 # The times of `loop` are those of the loops of section 1 on as many prompts; its scores were drawn with heads as rows and independent
 # noise; the loop writes every row to the last token, the others stop at the end of the text. z_ppl isn't part of these times.
 #
-# ## 4 Are the cheap scores right?
+# ## 5 Are the cheap scores right?
 # Rank correlation of z_bias with the importance estimate on more prompts, and overlap of the top fifth of heads, against chance.
 # The reference has the few prompts among its own, and `adaptive` has all of its prompts, so agreement is somewhat flattered. Noise
-# limits it: section 5 has the ceiling. Where `ess` is low, the head changes the model so much that weights know little of it;
+# limits it: section 6 has the ceiling. Where `ess` is low, the head changes the model so much that weights know little of it;
 # `adaptive` writes new texts for such heads. Standard errors don't contain a method's own bias: `gradient` is first-order, and
 # `importance` knows only tokens that are among the unpruned model's k likeliest.
 
@@ -288,21 +346,22 @@ apart = pd.DataFrame({
 apart.style.hide(axis="index").format(precision=3).set_caption("Where they fail: by effective sample size")
 
 # %% [markdown]
-# ## 5 Reliability: coupled against independent noise, same prompts
+# ## 6 Reliability: coupled against independent noise, same prompts
 # Would the same heads come out again? `split_half` compares halves of the prompts, stepped up to all of them (Spearman – Brown);
 # `seeds` compares seeds on the same prompts. `needed` says how many prompts a wanted reliability would take, for one seed
-# and for ten. A reliability near 0 means that this many prompts tell nothing about the order of heads.
+# and for ten. A reliability near 0 means that this many prompts tell nothing about the order of heads; where the interval of
+# `split_half` holds 0 there is nothing to project (–).
 # `published budget` steps the reliability up to the 10,168 prompts of the paper's gender axis, as a projection.
 
 
 # %%
-def reliable(name: str, how: dict) -> dict:
+def reliable(name: str, how: dict, some: pd.DataFrame = small) -> dict:
     own = {**options, **how, "seeds": precision_seeds}
-    got = headscores.samples(net, small, judged_by.emptied(), windows, **own)
+    got = headscores.samples(net, some, judged_by.emptied(), windows, **own)
     values, sizes = got.arrays()
-    bias = measure.group_bias(values.swapaxes(0, 1), small["bucket"], small["weight"], sizes.swapaxes(0, 1))
-    halves = reliability.half_scores(values.mean(1), small["bucket"], small["weight"], sizes.mean(1))
-    return reliability.row(name, halves, bias[:, :1] - bias[:, 1:], len(small), wanted_reliability)
+    bias = measure.group_bias(values.swapaxes(0, 1), some["bucket"], some["weight"], sizes.swapaxes(0, 1))
+    halves = reliability.half_scores(values.mean(1), some["bucket"], some["weight"], sizes.mean(1))
+    return reliability.row(name, halves, bias[:, :1] - bias[:, 1:], len(some), wanted_reliability)
 
 
 ours = run.frame("reliability", lambda: pd.DataFrame([
@@ -310,8 +369,11 @@ ours = run.frame("reliability", lambda: pd.DataFrame([
     reliable("coupled noise (exact)", {"fidelity": "exact"}),
     reliable("coupled noise (importance)", {"fidelity": "importance"}),
     reliable("coupled noise (gradient)", {"fidelity": "gradient"}),
+    reliable("coupled noise (importance)", {"fidelity": "importance"}, large),
+    reliable("coupled noise (gradient)", {"fidelity": "gradient"}, large),
+    reliable("coupled noise (gradient)", {"fidelity": "gradient", "heads": None}, large),
 ]))  # fmt: skip
-ours.style.hide(axis="index").format(precision=2).format(precision=0, thousands=",", subset=["prompts", "needed_1_seed", "needed_10_seeds"])  # fmt: skip
+ours.style.hide(axis="index").format(precision=2, na_rep="–").format(precision=0, thousands=",", na_rep="–", subset=["prompts", "needed_1_seed", "needed_10_seeds"])  # fmt: skip
 
 # %%
 published = run.frame("published", reliability.published_agreement)
@@ -322,7 +384,7 @@ display(Markdown(
 published.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
-# ## 6 Verdict
+# ## 7 Verdict
 
 # %%
 largest, least = speed_work[0], speed_work[-1]
@@ -373,9 +435,14 @@ run.finish(
     minutes=round(sum(run.record["seconds"].values()) / 60, 1),
     tables={
         "verdicts": "Goals and what was measured (times faster; low and high are over layers or, for standard errors, 95 % over heads)",
+        "profile": "Where the time goes: seconds per head of the middle layer",
+        "limit": "The most that resuming at the head's layer can gain for z_ppl, times the loop",
         "reliability": "Reliability of z_bias, coupled against independent noise, same prompts",
         "published": "Agreement between the published seeds",
     },
-    figures={"precision_against_time": "Standard error of z_bias against the time for all heads, per method"},
+    figures={
+        "time_parts": "Where the time per head goes, in percent of the repaired loop's, per fidelity and work",
+        "precision_against_time": "Standard error of z_bias against the time for all heads, per method",
+    },
 )
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -128,3 +128,14 @@ def test_without_the_published_scores(monkeypatch):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_nothing_is_projected_from_noise():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(20, 2, 40))
+    line = rel.row("noise", noise, noise[0], 64, 0.8)
+    assert np.isnan([line["at_published_budget"], line["needed_1_seed"], line["needed_10_seeds"]]).all()
+    signal = rng.normal(size=40) + 0.5 * noise
+    line = rel.row("signal", signal, signal.mean(1)[:2], 64, 0.8)
+    assert line["heads"] == 40 and line["split_half_low"] > 0.5 and line["at_published_budget"] > 0.99
+    assert 0 < line["needed_1_seed"] < 64

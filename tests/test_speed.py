@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -80,3 +82,25 @@ def test_memory_is_measured():
 
     result, seconds, peak = record.measured(take)
     assert result == 200 * 2**20 // 8 and seconds > 0 and 150 < peak < 400
+
+
+def test_profile_accounts_for_all_time_and_sees_each_part():
+    lm = random_lm("gpt2")
+    windows = measure.windows(lm, "the friend is kind and " * 8, length=12)
+    calls = []
+
+    def slow_judge(texts: list[str]) -> list[float]:
+        calls.append(len(texts))
+        time.sleep(0.05)
+        return [0.5] * len(texts)
+
+    table = speed.profile(
+        lm, PROMPTS["prompt"], judge.load(slow_judge), windows, naive_heads=2, max_new_tokens=6
+    ).set_index(["score", "fidelity"])
+    loop, loss = table.loc[("z_bias", speed.REPAIRED)], table.loc[("z_ppl", "naive")]
+    assert loop["judge"] >= 0.05 and calls[:2] == [4, 4]  # one call per head
+    assert (loop[["layers", "layers, token by token", "unembedding, token by token"]] > 0).all()
+    assert (table["rest"] > 0).all() and (table[list(speed.PARTS)] >= 0).all().all()
+    assert loss["layers"] > 0 and loss["unembedding"] > 0
+    assert loss[["layers, token by token", "unembedding, token by token", "judge"]].sum() == 0
+    assert not lm.model.get_output_embeddings()._forward_hooks  # left as it came
