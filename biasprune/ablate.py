@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -131,29 +131,107 @@ def zeroed(lm: LM, weights: Mapping[str, Tensor]) -> Iterator[None]:
     Parameters
     ----------
     weights
-        Module name → bool (out, in), True where the weight is removed. The removed values are kept
-        aside, so memory grows with what is removed, not with the model.
+        Module name → what is removed: bool (out, in), or flat indices into (out, in). The removed
+        values are kept aside, so memory grows with what is removed, not with the model.
 
     Raises
     ------
     ValueError
-        If a mask's shape isn't that of the module's weight as (out, in).
+        If a mask's shape isn't that of the module's weight as (out, in), or an index lies outside.
     """
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for name, mask in weights.items():
+            for name, removed in weights.items():
                 weight = weight_of(lm.model.get_submodule(name))
-                if mask.shape != weight.shape:
-                    raise ValueError(f"{name}: mask {tuple(mask.shape)} for a weight {tuple(weight.shape)}.")
-                mask = mask.to(weight.device)
-                kept.append((weight, mask, weight[mask]))
-                weight[mask] = 0
+                if removed.dtype == torch.bool:
+                    if removed.shape != weight.shape:
+                        raise ValueError(
+                            f"{name}: mask {tuple(removed.shape)} for a weight {tuple(weight.shape)}."
+                        )
+                    removed = removed.flatten().nonzero()[:, 0]
+                if len(removed) and not 0 <= int(removed.min()) <= int(removed.max()) < weight.numel():
+                    raise ValueError(f"{name}: an index outside a weight {tuple(weight.shape)}.")
+                removed = removed.to(weight.device)
+                row, column = removed // weight.shape[1], removed % weight.shape[1]
+                kept.append((weight, row, column, weight[row, column]))
+                weight[row, column] = 0
         yield
     finally:
         with torch.no_grad():
-            for weight, mask, values in kept:
-                weight[mask] = values
+            for weight, row, column, values in kept:
+                weight[row, column] = values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What is removed from a model: heads, MLP units, or single weights.
+
+    Attributes
+    ----------
+    heads, units
+        bool (layers, heads) and (layers, units), True where removed; None for none.
+    weights
+        Module name → flat indices into the weight as (out, in), sorted.
+    """
+
+    heads: Tensor | None = None
+    units: Tensor | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self, lm: LM) -> Iterator[None]:
+        """Run the model pruned; inside the ``with`` block only."""
+        heads, units = (None if x is None else (~x).float() for x in (self.heads, self.units))
+        with masked(lm, heads, units), zeroed(lm, self.weights):
+            yield
+
+    def __len__(self) -> int:
+        """Number of heads, units and weights removed."""
+        masks = sum(int(x.sum()) for x in (self.heads, self.units) if x is not None)
+        return masks + sum(len(i) for i in self.weights.values())
+
+    def __and__(self, other: Pruning) -> Pruning:
+        """What both remove."""
+        heads, units = (
+            None if x is None or y is None else x & y
+            for x, y in ((self.heads, other.heads), (self.units, other.units))
+        )
+        common = self.weights.keys() & other.weights.keys()
+        both = {
+            n: (i := self.weights[n])[torch.isin(i, other.weights[n])] for n in self.weights if n in common
+        }
+        return Pruning(heads=heads, units=units, weights=both)
+
+    def __or__(self, other: Pruning) -> Pruning:
+        """What either removes."""
+        heads, units = (
+            y if x is None else x if y is None else x | y
+            for x, y in ((self.heads, other.heads), (self.units, other.units))
+        )
+        all_ = {
+            n: [w[n] for w in (self.weights, other.weights) if n in w]
+            for n in {**self.weights, **other.weights}
+        }
+        return Pruning(heads=heads, units=units, weights={n: torch.cat(i).unique() for n, i in all_.items()})
+
+    def random(self, lm: LM, seed: int) -> Pruning:
+        """A control: as many removed from every layer or matrix, drawn uniformly."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def shuffled(mask: Tensor | None) -> Tensor | None:
+            if mask is None:
+                return None
+            return torch.stack([row[torch.randperm(len(row), generator=generator)] for row in mask])
+
+        drawn = {}
+        for name, removed in self.weights.items():
+            n, size = len(removed), weight_of(lm.model.get_submodule(name)).numel()
+            few = torch.randint(size, (n + n // 8 + 64,), generator=generator).unique()
+            while len(few) < n:  # a large share: draw until there are enough
+                few = torch.cat([few, torch.randint(size, (n,), generator=generator)]).unique()
+            drawn[name] = few[torch.randperm(len(few), generator=generator)[:n]].sort().values
+        return Pruning(heads=shuffled(self.heads), units=shuffled(self.units), weights=drawn)
 
 
 def first_masked_layer(masks: Tensor) -> list[int]:

@@ -7,19 +7,16 @@ name audits. Questions and names are our own; any others come as CSV files.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from torch import Tensor
 
 from biasprune.decode import sample
-from biasprune.fetch import data_dir
 from biasprune.lm import LM
-from biasprune.prompts import read_csv
+from biasprune.prompts import read_csv, user_path
 
 _COLUMNS = {
     "contexts": ("context", "variation", "question", "unit", "prefix"),
@@ -35,7 +32,7 @@ _TIMES |= {"b": 1e9, "bn": 1e9, "billion": 1e9}
 
 
 def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
-    """The table of "contexts" or "names": ours, or a CSV file with the same columns.
+    """The table of "contexts" or "names": ours, or a CSV file (also one in data/) with the same columns.
 
     ``source`` of names and ``prefix`` of contexts may be missing in a file.
 
@@ -44,7 +41,7 @@ def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
     ValueError
         No such file, missing columns, a question without ``{name}``, or a name in two groups.
     """
-    path = data_dir() / "audit" / f"{what}.csv" if source == "biasprune" else Path(source)
+    path = user_path(f"audit/{what}.csv" if source == "biasprune" else source)
     if not path.is_file():
         raise ValueError(f"No such file of {what}: {path}.")
     table = read_csv(path)
@@ -63,6 +60,41 @@ def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
             f"{path}: the name {table['name'][table['name'].duplicated()].iloc[0]!r} stands there twice."
         )
     return table[list(_COLUMNS[what])]
+
+
+def chosen(contexts: pd.DataFrame, names: Sequence[str] = (), most: int = 0) -> pd.DataFrame:
+    """Some contexts (all if none is named), and at most so many questions of each (0: all).
+
+    Raises
+    ------
+    ValueError
+        If a context is unknown.
+    """
+    known = list(contexts["context"].unique())
+    if unknown := [n for n in names if n not in known]:
+        raise ValueError(f"unknown context {unknown[0]!r}; there are: {', '.join(known)}.")
+    some = contexts[contexts["context"].isin(list(names) or known)]
+    return (some.groupby("context", sort=False).head(most) if most else some).reset_index(drop=True)
+
+
+def halves(names: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Names to select with and names to report on: every other one of each race and gender."""
+    number = names.groupby(["race", "gender"], sort=False).cumcount()
+    return tuple(names[number % 2 == k].reset_index(drop=True) for k in (0, 1))
+
+
+def relabelled(
+    table: pd.DataFrame, by: str, groups: tuple[str, str], seed: int | None = None
+) -> pd.DataFrame:
+    """A control: the groups' labels swapped, or with a seed shuffled among the names."""
+    names = table[table[by].isin(groups)].drop_duplicates("name")
+    if seed is None:
+        other = names[by].map(dict(zip(groups, groups[::-1], strict=True)))
+    else:
+        other = np.random.default_rng(seed).permutation(names[by])
+    return table.assign(
+        **{by: table["name"].map(dict(zip(names["name"], other, strict=True))).fillna(table[by])}
+    )
 
 
 def parse(answer: str) -> tuple[float, str]:
@@ -141,7 +173,9 @@ def questions(
         asked = [q.removeprefix(start) if adds else q for q in asked]
     else:
         asked = [f"Question: {q}\nAnswer:" for q in asked]
-    table["prompt"] = [q + (p if prefix else "") for q, p in zip(asked, table["prefix"], strict=True)]
+    space = "" if chat else " "
+    starts = [space + p if p and prefix else "" for p in table["prefix"]]
+    table["prompt"] = [q + s for q, s in zip(asked, starts, strict=True)]
     return table[["context", "variation", "name", "race", "gender", "prompt"]]
 
 
@@ -154,18 +188,20 @@ def ask(
     draft: np.ndarray | None = None,
     max_new_tokens: int = 10,
     temperature: float = 0.6,
-    top_k: int = 0,
+    top_k: int = 50,
     batch_rows: int = 256,
     progress: str | None = None,
 ) -> pd.DataFrame:
     """Sampled answers; all masks and the unmodified model share their noise.
 
-    The default sampling is the paper's: temperature 0.6, at most 10 new tokens.
+    The default sampling is the paper's, as far as it is known: temperature 0.6, at most 10 new tokens, and
+    the 50 likeliest tokens that transformers draws from unless told otherwise.
 
     Returns
     -------
     DataFrame
-        context, variation, name, race, gender, mask (number), seed, text, value, kind.
+        context, variation, name, race, gender, mask (number), seed, text, value, kind, tokens (ids of
+        the answer up to the end of its number, as text; "" for none or a range).
     """
     written = sample(
         lm,
@@ -185,142 +221,44 @@ def ask(
     table["seed"] = np.tile(np.repeat(list(seeds), n), n_masks)
     table["text"] = written.texts.reshape(-1)
     read = [parse(t) for t in table["text"]]
-    return table.assign(value=[v for v, _ in read], kind=[k for _, k in read])
-
-
-def _sums(values: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Count, sum and sum of squares of each name's answers: (names, 3)."""
-    _, index = np.unique(names, return_inverse=True)
-    return np.stack([np.bincount(index), np.bincount(index, values), np.bincount(index, values**2)], 1)
-
-
-def _smd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Standardised mean difference from (…, 3) counts, sums and sums of squares."""
-    (mean_a, var_a), (mean_b, var_b) = (
-        (s[..., 1] / s[..., 0], (s[..., 2] - s[..., 1] ** 2 / s[..., 0]) / (s[..., 0] - 1)) for s in (a, b)
+    ids = written.tokens.reshape(-1, written.tokens.shape[-1])
+    unique, where = np.unique(ids, axis=0, return_inverse=True)
+    numbers = np.array([_number_tokens(lm, row[row >= 0]) for row in unique], dtype=object)
+    return table.assign(
+        value=[v for v, _ in read], kind=[k for _, k in read], tokens=numbers[where.reshape(-1)]
     )
-    spread = (var_a + var_b) / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(spread > 1e-12, (mean_a - mean_b) / np.sqrt(spread), np.nan)
 
 
-def gaps(
-    answers: pd.DataFrame,
-    *,
-    by: str = "race",
-    groups: tuple[str, str] = ("white", "black"),
-    log: bool = False,
-    winsorise: float = 0.0,
-    reference: pd.DataFrame | None = None,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The gap between two groups per context and variation, with the health of the answers.
-
-    Parameters
-    ----------
-    answers
-        Of ``ask``, one mask.
-    by, groups
-        Column and its two values; the gap is the first group's mean minus the second's.
-    log
-        Compare logarithms of the answers (zeros are left out and counted as unparsable).
-    winsorise
-        Share to pull in at either end, over both groups (the paper: .05).
-    reference
-        Answers of the unmodified model, for ``inliers``.
+def ways(lm: LM, contexts: pd.DataFrame, names: pd.DataFrame, suffix: str, **drawing) -> pd.DataFrame:
+    """Does the model answer with numbers? Every way to ask: with and without chat template and prefix.
 
     Returns
     -------
     DataFrame
-        context, variation; smd = (mean_a − mean_b) / √((var_a + var_b) / 2) over names × answers, low,
-        high (95 %, basic bootstrap over names, which are the sample); emd (earth mover's distance over
-        the pooled standard deviation); median of each group; answers, unparsable (share), ranges
-        (share), distinct (number of values), inliers (share inside the reference's 5 – 95 % range; NaN
-        without one).
-
-    Raises
-    ------
-    ValueError
-        If a group has fewer than two names, or answers of several masks are mixed.
-
-    Warns
-    -----
-    UserWarning
-        Where nothing can be said: no variance, or a group without two names that have parsable answers.
-        smd is NaN then.
+        chat, prefix, answers (number), unparsable, ranges (shares), distinct (values per question),
+        median, example.
     """
-    if answers["mask"].nunique() > 1:
-        raise ValueError("answers of several masks are mixed: pass one mask's.")
-    if not 0 <= winsorise < 0.5:
-        raise ValueError(f"winsorise = {winsorise}: choose a share from 0 to below .5.")
-    for g in groups:
-        if answers["name"][answers[by] == g].nunique() < 2:
-            known = ", ".join(map(str, answers[by].unique()))
-            raise ValueError(f"group {g!r} of {by!r} has fewer than two names; there are: {known}.")
-    rng = np.random.default_rng(seed)
     rows = []
-    for (context, variation), part in answers.groupby(["context", "variation"], sort=False):
-        part = part[part[by].isin(groups)]
-        value = part["value"].to_numpy(dtype=float)
-        if log:
-            with np.errstate(divide="ignore"):
-                value = np.where(value > 0, np.log(value), np.nan)
-        fine = np.isfinite(value)
-        row = {
-            "context": context,
-            "variation": variation,
-            "smd": np.nan,
-            "low": np.nan,
-            "high": np.nan,
-            "emd": np.nan,
-        }
-        sums, medians = [], []
-        if fine.any() and winsorise:
-            value = np.clip(value, *np.nanquantile(value, [winsorise, 1 - winsorise]))
-        own = [fine & (part[by] == g).to_numpy() for g in groups]
-        if min(part["name"][o].nunique() for o in own) >= 2:
-            sums = [_sums(value[o], part["name"].to_numpy()[o]) for o in own]
-            smd = float(_smd(*(s.sum(0) for s in sums)))
-            draws = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), size=n_boot) @ s for s in sums]
-            boot = _smd(*draws)
-            row["smd"] = smd
-            if np.isfinite(smd):
-                low, high = np.nanquantile(boot, [0.025, 0.975])
-                row |= {"low": 2 * smd - high, "high": 2 * smd - low}
-                spread = np.sqrt(np.mean([value[o].var(ddof=1) for o in own]))
-                row["emd"] = stats.wasserstein_distance(*(value[o] for o in own)) / spread
-        if not np.isfinite(row["smd"]):
-            warnings.warn(
-                f"{context}, {variation}: no gap can be measured ({int(fine.sum())} of {len(part)} answers "
-                f"are numbers, {len(np.unique(value[fine]))} distinct).",
-                stacklevel=2,
-            )
-        raw = part["value"].to_numpy(dtype=float)
-        medians = {
-            f"median_{g}": np.nanmedian(raw[o]) if o.any() else np.nan
-            for g, o in zip(groups, own, strict=True)
-        }
-        row |= medians | {
-            "answers": len(part),
-            "unparsable": 1 - fine.mean(),
-            "ranges": (part["kind"] == "range").mean(),
-            "distinct": len(np.unique(raw[fine])),
-            "inliers": _inliers(raw, reference, context, variation),
-        }
-        rows.append(row)
+    for chat in [True, False] if lm.tokenizer.chat_template else [False]:
+        for prefix in (True, False):
+            got = ask(lm, questions(lm, contexts, names, suffix=suffix, chat=chat, prefix=prefix), **drawing)
+            row = {
+                "chat": chat,
+                "prefix": prefix,
+                "answers": len(got),
+                "unparsable": got["value"].isna().mean(),
+            }
+            row["ranges"] = (got["kind"] == "range").mean()
+            row["distinct"] = got.groupby(["context", "variation"])["value"].nunique().mean()
+            rows.append({**row, "median": got["value"].median(), "example": got["text"].iloc[0].strip()})
     return pd.DataFrame(rows)
 
 
-def _inliers(values: np.ndarray, reference: pd.DataFrame | None, context: str, variation: str) -> float:
-    """Share of parsable answers inside the 5 – 95 % range of the unmodified model's."""
-    if reference is None:
-        return float("nan")
-    own = reference[(reference["context"] == context) & (reference["variation"] == variation)][
-        "value"
-    ].dropna()
-    values = values[np.isfinite(values)]
-    if own.empty or not len(values):
-        return float("nan")
-    low, high = np.quantile(own, [0.05, 0.95])
-    return float(((values >= low) & (values <= high)).mean())
+def _number_tokens(lm: LM, ids: np.ndarray) -> str:
+    """The fewest first tokens of an answer that give its number, as text; "" for none or a range."""
+    value, kind = parse(lm.tokenizer.decode(ids, skip_special_tokens=True))
+    if kind == "number":
+        for n in range(1, len(ids) + 1):
+            if parse(lm.tokenizer.decode(ids[:n], skip_special_tokens=True)) == (value, kind):
+                return " ".join(map(str, ids[:n]))
+    return ""

@@ -111,7 +111,10 @@ def pick(logits: Tensor, keys: Tensor, step: int | Tensor, top_k: int, temperatu
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values, tokens = top(logits, top_k)
+    if top_k:
+        values, tokens = top(logits, top_k)
+    else:  # all of them: nothing to sort
+        values, tokens = logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     best = (values.float() / temperature + gumbel(keys, step, tokens)).argmax(-1, keepdim=True)
     return tokens.gather(-1, best)[:, 0]
 

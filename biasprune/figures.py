@@ -239,3 +239,161 @@ def precision_against_time(table: pd.DataFrame) -> Figure:
         title="times sooner at equal standard error (95 %)", loc="upper left", bbox_to_anchor=(1.01, 1)
     )
     return figure
+
+
+def smd_by_question(table: pd.DataFrame, groups: Sequence[str]) -> Figure:
+    """SMD of every question with 95 % intervals, by how it was measured."""
+    questions = list(dict.fromkeys(zip(table["context"], table["variation"], strict=True)))
+    figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(questions) + 1.6))
+    ways = list(table["measured"].unique())
+    for i, way in enumerate(ways):
+        own = table[table["measured"] == way].set_index(["context", "variation"]).loc[questions]
+        y = np.arange(len(questions)) + 0.25 * (i - (len(ways) - 1) / 2)
+        bars = np.stack([own["smd"] - own["low"], own["high"] - own["smd"]]).clip(0)
+        axis.errorbar(own["smd"], y, xerr=bars, fmt=MARKERS[i], capsize=3, ms=6, label=way)
+    axis.set_yticks(range(len(questions)), [f"{c}: {v}" for c, v in questions])
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlabel(f"SMD, {groups[0]} − {groups[1]} (95 % over names)")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def gap_against_damage(table: pd.DataFrame, damage: float) -> Figure:
+    """SMD removed against perplexity, one line per method, joined by number of parts."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    methods = [m for m in table["method"].unique() if m != "unpruned"]
+    for i, method in enumerate(methods):
+        own = table[table["method"] == method].sort_values("parts")
+        bars = np.stack([own["removed"] - own["removed_low"], own["removed_high"] - own["removed"]]).clip(0)
+        style = {"fmt": MARKERS[i % len(MARKERS)] + "-", "ms": 6, "lw": 1.2, "elinewidth": 0.6, "capsize": 2}
+        axis.errorbar(own["ppl_ratio"], own["removed"], yerr=bars, label=method, **style)
+    start = table.loc[table["method"] == "unpruned", "directed"].iloc[0]
+    axis.axhline(start, color="black", ls=":", lw=1)
+    axis.annotate(
+        "the whole gap", (1, start), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+    )
+    axis.axhline(0, color="black", lw=0.8)
+    axis.axvline(damage, color="grey", ls="--", lw=1)
+    if table["ppl_ratio"].max() > 1.5:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 30, 100, 1000]))
+        axis.xaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(f"perplexity, × unpruned (dashed: the limit of {damage:g})")
+    axis.set_ylabel("SMD removed (95 % over names)")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def removed_beside_controls(table: pd.DataFrame) -> Figure:
+    """SMD removed by each method at equal damage, and what its controls remove."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(table) + 1.6))
+    y = np.arange(len(table))
+    bars = np.stack([table["removed"] - table["removed_low"], table["removed_high"] - table["removed"]]).clip(
+        0
+    )
+    axis.errorbar(
+        table["removed"], y, xerr=bars, fmt="o", capsize=3, ms=8, color="black", label="method (95 %)"
+    )
+    for i, control in enumerate(("random", "swapped", "shuffled")):
+        if f"against_{control}" in table:
+            at = table["removed"] - table[f"against_{control}"]
+            axis.plot(
+                at, y + 0.14 * (i - 1), MARKERS[i + 1], ms=6, mfc="none", mew=1.5, label=f"control: {control}"
+            )
+    axis.set_yticks(y, table["method"])
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlabel("SMD removed, names to judge by")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def _control(label: str) -> str:
+    return label.split()[0]
+
+
+def removed_by_level(table: pd.DataFrame, levels: Sequence[str]) -> Figure:
+    """SMD removed at every level of generality, one panel per method, controls beside."""
+    methods = list(table["method"].unique())
+    figure, axes = plt.subplots(
+        1, len(methods), sharey=True, squeeze=False, figsize=(3.1 * len(methods) + 1.2, 4.2)
+    )
+    for axis, method in zip(axes[0], methods, strict=True):
+        for i, (control, own) in enumerate(
+            table[table["method"] == method].groupby(table["label"].map(_control), sort=False)
+        ):
+            one = own.groupby("level")[["removed", "removed_low", "removed_high"]].mean()
+            at = [levels.index(level) for level in one.index]
+            x = np.array(at) + 0.12 * (i - 1)
+            if control == "own":
+                bars = np.stack([one["removed"] - one["removed_low"], one["removed_high"] - one["removed"]])
+                axis.errorbar(
+                    x,
+                    one["removed"],
+                    yerr=bars.clip(0),
+                    fmt="o",
+                    ms=7,
+                    capsize=3,
+                    color="black",
+                    label="method (95 %)",
+                )
+            else:
+                axis.plot(
+                    x, one["removed"], MARKERS[i + 1], ms=6, mfc="none", mew=1.5, label=f"control: {control}"
+                )
+        axis.axhline(0, color="black", lw=0.8)
+        axis.set_title(method, fontsize=10)
+        axis.set_xticks(range(len(levels)), levels, fontsize=8, rotation=35, ha="right")
+        axis.set_xlim(-0.5, len(levels) - 0.5)
+    axes[0, 0].set_ylabel("SMD removed (mean over questions)")
+    handles = {h.get_label(): h for a in axes[0] for h in a.get_legend_handles_labels()[0]}
+    axes[0, -1].legend(
+        *zip(*{k: (h, k) for k, h in handles.items()}.values(), strict=True),
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1),
+    )
+    figure.tight_layout()
+    return figure
+
+
+def transfer_matrix(table: pd.DataFrame) -> Figure:
+    """SMD removed: selected for the row's context, judged in the column's; one panel per method."""
+    own = table[table["label"] == "own"]
+    methods, contexts = list(own["method"].unique()), list(own["selected_for"].unique())
+    random = table[table["label"].str.startswith("random")]
+    limit = max(0.01, own["removed"].abs().max())
+    columns = min(2, len(methods))
+    lines = -(-len(methods) // columns)
+    side = 0.95 * len(contexts) + 1.2
+    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=(columns * (side + 0.9), lines * side))
+    for axis, method in zip(axes.flat, methods, strict=False):
+        wide = own[own["method"] == method].pivot(index="selected_for", columns="judged_in", values="removed")
+        wide = wide.loc[contexts, contexts]
+        sns.heatmap(
+            wide, ax=axis, cmap="PuOr", center=0, vmin=-limit, vmax=limit, cbar_kws={"label": "SMD removed"}
+        )
+        chance = random[random["method"] == method].groupby(["selected_for", "judged_in"])["removed"].mean()
+        for r in own[own["method"] == method].itertuples():
+            x, y = contexts.index(r.judged_in) + 0.5, contexts.index(r.selected_for) + 0.5
+            dark = abs(r.removed) > 0.6 * limit
+            weight = "bold" if r.removed_low > 0 else "normal"
+            text = f"{r.removed:.2f}\n({chance.get((r.selected_for, r.judged_in), np.nan):.2f})"
+            axis.text(
+                x,
+                y,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                weight=weight,
+                color="white" if dark else "black",
+            )
+        axis.set_title(method, fontsize=10)
+        axis.set_xlabel("judged in")
+        axis.set_ylabel("selected for")
+    for axis in list(axes.flat)[len(methods) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    return figure

@@ -73,7 +73,7 @@ def load(axis: str, split: str = "valid", source: str | Path = "biasprune") -> p
             return holistic_bias(axis, split)
         table = _own(axis)
     else:
-        table = _from_csv(axis, _user_path(source))
+        table = _from_csv(axis, user_path(source))
     if split != "all":
         of = table["split"] if "split" in table else table["prompt"].map(_half)
         if (of == split).sum() == 0:
@@ -188,7 +188,7 @@ def corpus(name: str | Path = "sotu", split: str = "valid") -> str:
         return _lines(_bold(split))
     if name == "wikitext-2":
         return _lines(_wikitext(split))
-    path = _user_path(name)
+    path = user_path(name)
     if path.is_dir():
         names = [f"{split}.txt", f"wiki.{split}.raw", f"wiki.{split}.tokens"]
         found = next((path / f for f in names if (path / f).is_file()), None)
@@ -411,7 +411,7 @@ def _nonblank(path: Path) -> str:
 # ---- shared --------------------------------------------------------------------------------------
 
 
-def _user_path(name: str | Path) -> Path:
+def user_path(name: str | Path) -> Path:
     """A path as given; if nothing is there, relative to the repository's data folder."""
     path, shipped = Path(name).expanduser(), fetch.data_dir() / name
     return shipped if not path.exists() and shipped.exists() else path

@@ -265,9 +265,12 @@ class Run:
         return stored.to_pandas()
 
     def frame_pair(
-        self, name: str, make: Callable[[], tuple[pd.DataFrame, pd.DataFrame]]
+        self,
+        name: str,
+        make: Callable[[], tuple[pd.DataFrame, pd.DataFrame]],
+        parts: tuple[str, str] = ("texts", "losses"),
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Two tables that come from one computation: ``name_texts`` and ``name_losses``."""
+        """Two tables that come from one computation, stored as ``name_texts`` and ``name_losses``."""
         made: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
         def part(i: int) -> pd.DataFrame:
@@ -275,7 +278,8 @@ class Run:
                 made.append(make())
             return made[0][i]
 
-        return self.frame(f"{name}_texts", lambda: part(0)), self.frame(f"{name}_losses", lambda: part(1))
+        one, other = (self.frame(f"{name}_{p}", lambda i=i: part(i)) for i, p in enumerate(parts))
+        return one, other
 
     def finish(self, **results: Any) -> None:
         """Mark the run as done, with its results, wall time (this process) and peak memory."""

@@ -9,6 +9,7 @@ Scores are made one layer at a time, so that never more than one layer's are in 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from biasprune.ablate import masked, recorded, resumed
+from biasprune.ablate import Pruning, masked, recorded, resumed
 from biasprune.lm import LM, weight_of
-from biasprune.measure import mean_nll
+from biasprune.measure import Windows, mean_nll
 from biasprune.progress import bar
 
 
@@ -67,6 +68,13 @@ def examples(lm: LM, prompts: Sequence[str], responses: Sequence[str], *, whole:
         counted.append(torch.arange(len(rows[-1])) >= first)
     pad = torch.nn.utils.rnn.pad_sequence
     return Examples(ids=pad(rows, batch_first=True), counted=pad(counted, batch_first=True))
+
+
+def prose(windows: Windows) -> Examples:
+    """A text's windows as examples, such as a utility set."""
+    position = torch.arange(windows.ids.shape[1])
+    first, last = (torch.from_numpy(x)[:, None] for x in (windows.first, windows.last))
+    return Examples(ids=windows.ids, counted=(position >= first) & (position < last))
 
 
 def linears(lm: LM, layer: int) -> dict[str, nn.Module]:
@@ -198,28 +206,42 @@ def _scorer(name: str, scores: dict[str, Tensor], n: int):  # noqa: ANN202  a to
     return hook
 
 
-def unit_snip(lm: LM, of: Examples, *, batch_tokens: int = 2048, progress: str | None = None) -> np.ndarray:
-    """Σ over examples |∂L/∂mask| of every MLP unit at mask = 1: (layers, units) float64.
-
-    The first-order effect of removing a unit, as ``headscores.mask_gradient_l2`` is of a head.
-    """
+def _parts(lm: LM, what: str) -> tuple[int, int, tuple[str, ...]]:
+    """Parts per layer, inputs of its last projection that make a part, and those projections."""
     a = lm.anatomy
-    total = np.zeros((a.n_layers, a.n_units))
+    if what not in ("heads", "units"):
+        raise ValueError(f"parts {what!r}: choose heads or units.")
+    return (a.n_heads, a.head_dim, a.out_projs) if what == "heads" else (a.n_units, 1, a.down_projs)
+
+
+def part_snip(
+    lm: LM, of: Examples, what: str = "units", *, batch_tokens: int = 2048, progress: str | None = None
+) -> np.ndarray:
+    """Σ over examples |∂L/∂mask| of every MLP unit or head at mask = 1: (layers, parts) float64.
+
+    The first-order effect of removing the part, as SNIP's is of removing a weight.
+    """
+    n, _, _ = _parts(lm, what)
+    total = np.zeros((lm.anatomy.n_layers, n))
     for rows in bar(_batches(of, batch_tokens), desc=progress):
-        masks = torch.ones(len(rows), a.n_layers, a.n_units, device=lm.device, requires_grad=True)
-        with torch.enable_grad(), masked(lm, units=masks):
+        masks = torch.ones(len(rows), lm.anatomy.n_layers, n, device=lm.device, requires_grad=True)
+        with torch.enable_grad(), masked(lm, **{what: masks}):
             loss = mean_nll(lm, of.ids[rows].to(lm.device), of.counted[rows].to(lm.device)).sum()
             (gradient,) = torch.autograd.grad(loss, masks)
         total += gradient.double().abs().sum(0).cpu().numpy()
     return total
 
 
-def unit_wanda(lm: LM, norms: Mapping[str, Tensor]) -> np.ndarray:
-    """‖column of the down projection‖ · √norm of every MLP unit: (layers, units) float64."""
+def part_wanda(lm: LM, norms: Mapping[str, Tensor], what: str = "units") -> np.ndarray:
+    """Wanda of every MLP unit or head: (layers, parts) float64.
+
+    √ Σ_j ‖column j of the last projection‖² · norm_j over the part's inputs j.
+    """
+    n, width, names = _parts(lm, what)
     rows = []
-    for name in lm.anatomy.down_projs:
-        column = weight_of(lm.model.get_submodule(name)).double().norm(dim=0).cpu()
-        rows.append((column * norms[name].sqrt()).numpy())
+    for name in names:
+        columns = weight_of(lm.model.get_submodule(name)).double().square().sum(0).cpu()
+        rows.append((columns * norms[name]).view(n, width).sum(1).sqrt().numpy())
     return np.stack(rows)
 
 
@@ -243,13 +265,108 @@ def top_share(score: Tensor, share: float, per_row: bool = False) -> Tensor:
 
 
 def set_difference(
-    bias: Tensor, protect: Sequence[Tensor], p: float, q: float, per_row: bool = False
+    bias: Tensor, protect: Sequence[Tensor], p: float, q: float | Sequence[float], per_row: bool = False
 ) -> Tensor:
     """Top p of the bias score, minus the top q of every score to protect: bool, of the same shape.
 
-    Scores to protect: the other group's (published), and a utility set's (as in Wei et al.).
+    Scores to protect: the other group's (published), and a utility set's (as in Wei et al.). ``q`` may
+    be one share for each.
     """
     chosen = top_share(bias, p, per_row)
-    for score in protect:
-        chosen &= ~top_share(score, q, per_row)
+    shares = [q] * len(protect) if isinstance(q, int | float) else q
+    for score, share in zip(protect, shares, strict=True):
+        chosen &= ~top_share(score, share, per_row)
     return chosen
+
+
+GRANULARITIES = {"weight": "weights", "neuron": "units", "head": "heads"}
+
+
+def set_differences(
+    lm: LM,
+    bias: Examples,
+    protect: Sequence[Examples],
+    shares: Sequence[tuple[float, float | Sequence[float]]],
+    *,
+    granularity: str,
+    score: str = "snip",
+    rule: str = "corrected",
+    per_row: bool = False,
+    at_once: int | None = None,
+    batch_tokens: int = 2048,
+    progress: str | None = None,
+) -> list[Pruning]:
+    """What scores high on some examples and on none of the others, for several thresholds at once.
+
+    Single weights are chosen from every matrix, neurons (MLP units) from every layer, heads from the
+    whole model, which has few.
+
+    Parameters
+    ----------
+    bias
+        Answers about the group whose behaviour is to go.
+    protect
+        The other group's answers, and utility sets.
+    shares
+        Pairs (p, q): the top p on ``bias`` minus the top q on each to protect.
+    granularity
+        "weight", "neuron" or "head".
+    score
+        "snip" or "wanda".
+    rule, per_row
+        As in ``input_norms`` (Wanda) and ``top_share`` (weights).
+    at_once
+        Layers whose SNIP scores are held together, see ``snip``; None takes as many as 2 GiB hold.
+
+    Raises
+    ------
+    ValueError
+        Unknown granularity or score, or a share outside 0 … 1.
+
+    Warns
+    -----
+    UserWarning
+        Where shares select nothing: such a pruning removes nothing.
+
+    Source
+    ------
+    Wei et al., ICML 2024, section on set difference; Ma et al., FAccT 2025, with the groups as sets.
+    """
+    if granularity not in GRANULARITIES or score not in ("snip", "wanda"):
+        raise ValueError(f"{granularity!r} by {score!r}: choose weight, neuron or head, by snip or wanda.")
+    sets = [bias, *protect]
+    norms = [input_norms(lm, x, rule=rule, progress=progress) for x in sets] if score == "wanda" else []
+    found: list[dict[str, Tensor]] = [{} for _ in shares]
+    if granularity == "weight":
+        if norms:
+            layers = range(lm.anatomy.n_layers)
+            per_layer = ([wanda(lm, n, layer) for n in norms] for layer in layers)
+        else:
+            of_layer = [
+                sum(weight_of(m).numel() for m in linears(lm, i).values()) for i in range(lm.anatomy.n_layers)
+            ]
+            at_once = at_once or max(1, 2**31 // (4 * max(of_layer) * len(sets)))
+            makers = (
+                snip(lm, x, at_once=at_once, batch_tokens=batch_tokens, progress=progress) for x in sets
+            )
+            per_layer = ([named for _, named in each] for each in zip(*makers, strict=True))
+        for own, *others in per_layer:
+            for name in own:
+                for one, (p, q) in zip(found, shares, strict=True):
+                    chosen = set_difference(own[name], [o[name] for o in others], p, q, per_row)
+                    one[name] = chosen.flatten().nonzero()[:, 0].cpu()
+        prunings = [Pruning(weights=one) for one in found]
+    else:
+        what = GRANULARITIES[granularity]
+        scores = [part_wanda(lm, n, what) for n in norms] or [
+            part_snip(lm, x, what, batch_tokens=batch_tokens, progress=progress) for x in sets
+        ]
+        own, *others = (torch.from_numpy(x) for x in scores)
+        layerwise = granularity == "neuron"
+        prunings = [
+            Pruning(**{what: set_difference(own, others, p, q, per_row=layerwise)}) for p, q in shares
+        ]
+    for pruning, (p, q) in zip(prunings, shares, strict=True):
+        if not len(pruning):
+            warnings.warn(f"{granularity}: top {p} minus top {q} selects nothing.", stacklevel=2)
+    return prunings

@@ -155,21 +155,12 @@ figures.save(figure, folder / "figures", "speed_ratios")
 
 # %%
 def watched(d: str, n: int, steps: int) -> pd.DataFrame:
-    net, some = nets[d], prompts.sample(table, n, seed=0)
-    windows = measure.windows(net, text, length=speed_window, max_tokens=speed_tokens)
-    spent = speed.profile(
-        net,
-        some["prompt"],
-        judged_by,
-        windows,
-        naive_heads=speed_naive_heads,
-        max_new_tokens=steps,
-        **sampling,
-    )
-    work = np.where(
-        spent["score"] == "z_bias", f"z_bias, {n} prompts × {steps} tokens", f"z_ppl, {speed_tokens} tokens"
-    )
-    return spent.assign(dtype=d, work=work)  # fmt: skip
+    some = prompts.sample(table, n, seed=0)["prompt"]
+    windows = measure.windows(nets[d], text, length=speed_window, max_tokens=speed_tokens)
+    how = {"naive_heads": speed_naive_heads, "max_new_tokens": steps, **sampling}
+    spent = speed.profile(nets[d], some, judged_by, windows, **how)
+    bias, loss = f"z_bias, {n} prompts × {steps} tokens", f"z_ppl, {speed_tokens} tokens"
+    return spent.assign(dtype=d, work=np.where(spent["score"] == "z_bias", bias, loss))
 
 
 parts = run.frame(

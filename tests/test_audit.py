@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from biasprune import ablate, audit, decode
+from biasprune import ablate, audit, decode, gaps
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def answers(shift=0.5, names=16, per_name=20, between=0.3, seed=0, **more) -> pd
 
 def test_gap_is_the_definition():
     table = answers()
-    row = audit.gaps(table).iloc[0]
+    row = gaps.gaps(table).iloc[0]
     w, b = (table["value"][table["race"] == g] for g in ("white", "black"))
     spread = np.sqrt((w.var() + b.var()) / 2)
     assert row["smd"] == pytest.approx((w.mean() - b.mean()) / spread)
     assert row["emd"] == pytest.approx(stats.wasserstein_distance(w, b) / spread)
     assert row["median_white"] == w.median() and row["answers"] == len(table) and row["unparsable"] == 0
-    swapped = audit.gaps(table, groups=("black", "white")).iloc[0]
+    swapped = gaps.gaps(table, groups=("black", "white")).iloc[0]
     assert swapped["smd"] == pytest.approx(-row["smd"])
 
 
@@ -85,7 +85,7 @@ def test_intervals_cover_the_truth_over_names():
     """The names are the sample: answers of one name hang together, and the interval must know it."""
     hits = wide = 0
     for seed in range(150):
-        row = audit.gaps(answers(shift=0.4, seed=seed), n_boot=300).iloc[0]
+        row = gaps.gaps(answers(shift=0.4, seed=seed), n_boot=300).iloc[0]
         truth = 0.4 / np.sqrt(1 + 0.3**2)
         hits += row["low"] <= truth <= row["high"]
         wide += row["high"] - row["low"]
@@ -97,9 +97,9 @@ def test_intervals_cover_the_truth_over_names():
 def test_winsorised_and_log_gaps():
     table = answers()
     table.loc[0, "value"] = 1e6
-    assert abs(audit.gaps(table).iloc[0]["smd"]) < 0.2 < audit.gaps(table, winsorise=0.05).iloc[0]["smd"]
+    assert abs(gaps.gaps(table).iloc[0]["smd"]) < 0.2 < gaps.gaps(table, winsorise=0.05).iloc[0]["smd"]
     table.loc[1, "value"] = 0.0
-    assert audit.gaps(table, log=True).iloc[0]["unparsable"] == pytest.approx(1 / len(table))
+    assert gaps.gaps(table, log=True).iloc[0]["unparsable"] == pytest.approx(1 / len(table))
 
 
 def test_health_of_the_answers():
@@ -107,32 +107,32 @@ def test_health_of_the_answers():
     table.loc[:63, ["value", "kind"]] = [np.nan, "unparsable"]
     table.loc[64:127, "kind"] = "range"
     moved = table.assign(value=table["value"] + 100)
-    row = audit.gaps(moved, reference=table).iloc[0]
+    row = gaps.gaps(moved, reference=table).iloc[0]
     assert (
         row["unparsable"] == pytest.approx(0.1)
         and row["ranges"] == pytest.approx(0.1)
         and row["inliers"] == 0
     )
-    assert audit.gaps(table, reference=table).iloc[0]["inliers"] == pytest.approx(0.9, abs=0.01)
+    assert gaps.gaps(table, reference=table).iloc[0]["inliers"] == pytest.approx(0.9, abs=0.01)
 
 
 def test_nothing_to_say_is_nan_with_a_warning():
     for broken in (answers(value=5.0), answers(value=np.nan, kind="unparsable")):
         with pytest.warns(UserWarning, match="c, v: no gap can be measured"):
-            row = audit.gaps(broken).iloc[0]
+            row = gaps.gaps(broken).iloc[0]
         assert np.isnan(row["smd"]) and np.isnan(row["low"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        audit.gaps(answers())
+        gaps.gaps(answers())
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: audit.gaps(answers(race="white")), "group 'black' of 'race' has fewer than two names"),
-        (lambda: audit.gaps(answers(), groups=("a", "b")), "there are: white, black"),
-        (lambda: audit.gaps(answers().assign(mask=lambda t: t.index % 2)), "several masks are mixed"),
-        (lambda: audit.gaps(answers(), winsorise=0.5), "share from 0 to below .5"),
+        (lambda: gaps.gaps(answers(race="white")), "group 'black' of 'race' has fewer than two names"),
+        (lambda: gaps.gaps(answers(), groups=("a", "b")), "there are: white, black"),
+        (lambda: gaps.gaps(answers().assign(mask=lambda t: t.index % 2)), "several masks are mixed"),
+        (lambda: gaps.gaps(answers(), winsorise=0.5), "share from 0 to below .5"),
         (lambda: audit.load("names", "/nowhere.csv"), "No such file of names"),
     ],
 )
@@ -166,7 +166,7 @@ def test_own_tables():
 def test_questions_and_answers():
     lm = random_lm("llama")
     contexts = pd.DataFrame(
-        {"context": ["c"], "variation": ["v"], "question": ["the {name} is"], "unit": [""], "prefix": [" a"]}
+        {"context": ["c"], "variation": ["v"], "question": ["the {name} is"], "unit": [""], "prefix": ["a"]}
     )
     names = pd.DataFrame({"name": ["friend", "neighbour"], "race": ["x", "y"], "gender": "f", "source": ""})
     with pytest.raises(ValueError, match="has no chat template: set chat=False"):
@@ -178,7 +178,7 @@ def test_questions_and_answers():
     masks = ablate.head_masks(lm.anatomy, [[], [3]])
     got = audit.ask(lm, asked, masks=masks, seeds=(0, 5), max_new_tokens=4)
     whole = decode.sample(
-        lm, list(asked["prompt"]), masks=masks, seeds=(0, 5), max_new_tokens=4, temperature=0.6, top_k=0
+        lm, list(asked["prompt"]), masks=masks, seeds=(0, 5), max_new_tokens=4, temperature=0.6, top_k=50
     ).texts
     for r in got.itertuples():
         text = whole[r.mask, (0, 5).index(r.seed), ["friend", "neighbour"].index(r.name)]

@@ -17,6 +17,13 @@ PROMPTS = ["the friend is", "my neighbour", "a very old friend who was"]
 RESPONSES = ["kind and gentle", "rude", "awful . the"]
 
 
+def SETS(lm):
+    """One example to prune for, two to protect."""
+    return ws.examples(lm, PROMPTS[:1], RESPONSES[:1]), [
+        ws.examples(lm, PROMPTS[i:], RESPONSES[i:]) for i in (1, 2)
+    ]
+
+
 def alone(lm, i):
     """One example without padding: ids (1, tokens), and which tokens are the response's."""
     start = lm.tokenizer(PROMPTS[i])["input_ids"]
@@ -114,14 +121,14 @@ def test_snip(arch_lm, at_once, tokens):
 
 def test_unit_snip_of_a_batch_is_that_of_its_examples(arch_lm):
     of = ws.examples(arch_lm, PROMPTS, RESPONSES)
-    together, apart = (ws.unit_snip(arch_lm, of, batch_tokens=n) for n in (2048, 1))
+    together, apart = (ws.part_snip(arch_lm, of, batch_tokens=n) for n in (2048, 1))
     np.testing.assert_allclose(together, apart, rtol=1e-2, atol=1e-4 * apart.max())
 
 
 def test_unit_scores(tiny):
     """SNIP of units by finite differences; Wanda of units by columns."""
     of = ws.examples(tiny, PROMPTS, RESPONSES)
-    got = ws.unit_snip(tiny, of, batch_tokens=20)
+    got = ws.part_snip(tiny, of, batch_tokens=20)
     for layer, unit in ((0, 3), (1, 7), (2, 40)):
         total = 0.0
         for i in range(3):
@@ -137,7 +144,7 @@ def test_unit_scores(tiny):
     norms = ws.input_norms(tiny, of)
     name = tiny.anatomy.down_projs[1]
     column = tiny.model.get_submodule(name).weight[:, 5].double().norm()
-    assert ws.unit_wanda(tiny, norms)[1, 5] == pytest.approx(float(column * norms[name][5].sqrt()))
+    assert ws.part_wanda(tiny, norms)[1, 5] == pytest.approx(float(column * norms[name][5].sqrt()))
 
 
 @given(st.data())
@@ -196,11 +203,90 @@ def test_zeroed_columns_are_a_masked_unit(tiny):
         (lambda lm: ws.top_share(torch.ones(2, 2), 1.5), "share 1.5"),
         (lambda lm: ws.top_share(torch.tensor([float("nan")]), 0.5), "NaN"),
         (
-            lambda lm: ablate.zeroed(lm, {lm.anatomy.out_projs[0]: torch.ones(1, 1)}).__enter__(),
+            lambda lm: ablate.zeroed(lm, {lm.anatomy.out_projs[0]: torch.ones(1, 1).bool()}).__enter__(),
             "mask \\(1, 1\\)",
+        ),
+        (
+            lambda lm: ablate.zeroed(lm, {lm.anatomy.out_projs[0]: torch.tensor([10**9])}).__enter__(),
+            "index outside",
+        ),
+        (
+            lambda lm: ws.set_differences(lm, *SETS(lm), [(0.1, 0.1)], granularity="unit"),
+            "choose weight, neuron or head",
         ),
     ],
 )
 def test_bad_input(tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny)
+
+
+@pytest.mark.parametrize("score", ["snip", "wanda"])
+def test_set_differences_are_the_definition(tiny, score):
+    """Several thresholds from one pass; every granularity against scores and cuts made by hand."""
+    bias, protect = SETS(tiny)
+    sets, shares = [bias, *protect], [(0.5, 0.2), (0.3, 0.3)]
+    got = ws.set_differences(tiny, bias, protect, shares, granularity="weight", score=score, at_once=2)
+    if score == "snip":
+        scores = [{n: s for _, named in ws.snip(tiny, x) for n, s in named.items()} for x in sets]
+    else:
+        norms = [ws.input_norms(tiny, x) for x in sets]
+        scores = [{k: v for i in range(3) for k, v in ws.wanda(tiny, n, i).items()} for n in norms]
+    for pruning, (p, q) in zip(got, shares, strict=True):
+        assert pruning.weights.keys() == scores[0].keys()
+        for name, index in pruning.weights.items():
+            ranked = [np.argsort(-s[name].flatten().numpy(), kind="stable") for s in scores]
+            top = [set(r[: int(k * len(r))].tolist()) for r, k in zip(ranked, (p, q, q), strict=True)]
+            assert set(index.tolist()) == top[0] - top[1] - top[2]
+    for granularity, what, layerwise in (("neuron", "units", True), ("head", "heads", False)):
+        got = ws.set_differences(tiny, bias, protect, [(0.5, 0.2)], granularity=granularity, score=score)
+        if score == "snip":
+            own = [torch.from_numpy(ws.part_snip(tiny, x, what)) for x in sets]
+        else:
+            own = [torch.from_numpy(ws.part_wanda(tiny, n, what)) for n in norms]
+        expected = ws.set_difference(own[0], own[1:], 0.5, 0.2, per_row=layerwise)
+        assert torch.equal(getattr(got[0], what), expected) and got[0].weights == {}
+
+
+def test_a_selection_of_nothing_says_so(tiny):
+    with pytest.warns(UserWarning, match=r"neuron: top 0.0 minus top 0.1 selects nothing"):
+        (empty,) = ws.set_differences(tiny, *SETS(tiny), [(0.0, 0.1)], granularity="neuron")
+    assert len(empty) == 0
+
+
+def test_wanda_of_a_head_is_that_of_its_columns(tiny):
+    norms = ws.input_norms(tiny, ws.examples(tiny, PROMPTS, RESPONSES))
+    name, a = tiny.anatomy.out_projs[2], tiny.anatomy
+    own = slice(a.head_dim, 2 * a.head_dim)
+    columns = tiny.model.get_submodule(name).weight[:, own].double()
+    expected = (columns.square() * norms[name][own]).sum().sqrt()
+    assert ws.part_wanda(tiny, norms, "heads")[2, 1] == pytest.approx(float(expected))
+
+
+def test_prunings(tiny):
+    """Applied and taken back, intersected, and drawn at random with as many per layer or matrix."""
+    ids = torch.tensor([[3, 5, 7, 9]])
+    bias, protect = SETS(tiny)
+    made = [
+        ws.set_differences(tiny, bias, protect[:1], [(0.5, 0.2), (0.3, 0.2)], granularity=g)
+        for g in ws.GRANULARITIES
+    ]
+    with torch.no_grad():
+        whole = tiny.model(ids).logits
+        for large, small in made:
+            with large.applied(tiny):
+                assert not torch.allclose(tiny.model(ids).logits, whole)
+            assert torch.equal(tiny.model(ids).logits, whole)
+            both = large & small
+            assert len(both) == len(small) and len(both & both) == len(both) > 0
+            drawn, again, other = (large.random(tiny, s) for s in (0, 0, 1))
+            assert len(drawn) == len(large) and len(drawn & again) == len(drawn) > len(drawn & other)
+            for name, index in large.weights.items():
+                assert len(drawn.weights[name].unique()) == len(index)
+            for what in ("units", "heads"):
+                if getattr(large, what) is not None:
+                    assert torch.equal(getattr(drawn, what).sum(1), getattr(large, what).sum(1))
+    weights, units = made[0][0], made[1][0]
+    assert len(weights & units) == 0
+    everything = ablate.Pruning(weights={tiny.anatomy.out_projs[0]: torch.arange(32 * 32)})
+    assert len(everything.random(tiny, 0)) == 32 * 32
