@@ -147,8 +147,8 @@ def _table(frame: pd.DataFrame) -> str:
 def report(out: Path) -> None:
     """Write ``out/README.md`` from the run records below ``out``, and the README's block of results.
 
-    A notebook's record names the tables and figures to show, under ``results``. Tables ``speed`` of all
-    runs are put together in ``out/speed.csv``.
+    A notebook's record names what it is about, and the tables and figures to show, under ``results``.
+    Tables ``speed`` of all runs are put together in ``out/speed.csv``.
     """
     sections, rows, speed = [], [], []
     for path in sorted(out.glob("*/*/run.json")):
@@ -161,7 +161,7 @@ def report(out: Path) -> None:
             {
                 "notebook": f"[{facts['notebook']}]({folder}.ipynb)",
                 "model": model["name"],
-                "axis": facts["config"].get("axis", ""),
+                "about": facts["results"].get("about") or facts["config"].get("axis", ""),
                 "minutes": facts["results"]["minutes"],
                 "peak MiB": facts["peak_memory_mib"],
                 "device": source["device"],

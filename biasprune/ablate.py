@@ -132,14 +132,18 @@ def zeroed(lm: LM, weights: Mapping[str, Tensor]) -> Iterator[None]:
     ----------
     weights
         Module name → what is removed: bool (out, in), or flat indices into (out, in). The removed
-        values are kept aside, so memory grows with what is removed, not with the model.
+        values and their indices (8 bytes each) are kept aside, on the model's device.
 
     Raises
     ------
     ValueError
         If a mask's shape isn't that of the module's weight as (out, in), or an index lies outside.
     """
-    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def at(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        return index // weight.shape[1], index % weight.shape[1]
+
     try:
         with torch.no_grad():
             for name, removed in weights.items():
@@ -153,14 +157,13 @@ def zeroed(lm: LM, weights: Mapping[str, Tensor]) -> Iterator[None]:
                 if len(removed) and not 0 <= int(removed.min()) <= int(removed.max()) < weight.numel():
                     raise ValueError(f"{name}: an index outside a weight {tuple(weight.shape)}.")
                 removed = removed.to(weight.device)
-                row, column = removed // weight.shape[1], removed % weight.shape[1]
-                kept.append((weight, row, column, weight[row, column]))
-                weight[row, column] = 0
+                kept.append((weight, removed, weight[at(weight, removed)]))
+                weight[at(weight, removed)] = 0
         yield
     finally:
         with torch.no_grad():
-            for weight, row, column, values in kept:
-                weight[row, column] = values
+            for weight, removed, values in kept:
+                weight[at(weight, removed)] = values
 
 
 @dataclass(frozen=True, kw_only=True)

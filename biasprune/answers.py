@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from biasprune import weightscores
 from biasprune.ablate import in_halves, masked
 from biasprune.audit import parse
-from biasprune.decode import encode
+from biasprune.decode import capped, check_unembedding, encode
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -44,15 +44,21 @@ class Numbers:
     values: np.ndarray
 
 
-def candidates(lm: LM, answers: pd.DataFrame, *, most: int = 24) -> dict[tuple[str, str], Numbers]:
+def candidates(
+    lm: LM, answers: pd.DataFrame, *, most: int = 24, log: bool = True, strict: bool = True
+) -> dict[tuple[str, str], Numbers]:
     """The numbers that were answered most often to every question, over all names.
 
     Parameters
     ----------
     answers
-        Of ``audit.ask``, the unpruned model's.
+        Of ``audit.ask``, by the model whose distribution is wanted: a pruned one answers otherwise.
     most
         How many numbers to keep for each question. More cover more of what the model answers.
+    log
+        Whether logarithms are to be compared: zeros are then no candidates.
+    strict
+        False leaves questions without two different numbers out.
 
     Returns
     -------
@@ -62,15 +68,18 @@ def candidates(lm: LM, answers: pd.DataFrame, *, most: int = 24) -> dict[tuple[s
     Raises
     ------
     ValueError
-        If a question has fewer than two different numbers among its answers.
+        If a question has fewer than two different numbers among its answers, and ``strict`` is set.
     """
     found = {}
     for key, part in answers.groupby(["context", "variation"], sort=False):
-        counts = part.loc[part["tokens"] != "", "tokens"].value_counts()
+        usable = (part["tokens"] != "") & ((part["value"] > 0) | (not log))
+        counts = part.loc[usable, "tokens"].value_counts()
         kept = sorted(counts.index, key=lambda t: (-counts[t], t))[:most]
         tokens = [tuple(map(int, t.split())) for t in kept]
         values = np.array([parse(lm.tokenizer.decode(t, skip_special_tokens=True))[0] for t in tokens])
         if len(np.unique(values)) < 2:
+            if not strict:
+                continue
             shown = part["text"].iloc[0]
             raise ValueError(
                 f"{', '.join(key)}: {len(np.unique(values))} different numbers among {len(part)} answers, "
@@ -87,76 +96,116 @@ class _Tree:
     rows: Tensor  # (rows, steps), padded with 0
     row: Tensor  # (answers,) the row that holds it
     length: Tensor  # (answers,) number of tokens
-    goes_on: list[list[int]]  # per answer: tokens, digits aside, that lead on to longer answers
+    within: list[list[int]]  # per answer: longer ones that go on with no token of ``_carries``
 
 
-def _tree(numbers: Numbers, digits: set[int]) -> _Tree:
+def _tree(numbers: Numbers, carries: set[int]) -> _Tree:
     longest: list[tuple[int, ...]] = []
     for t in sorted(numbers.tokens, key=len, reverse=True):
         if not any(r[: len(t)] == t for r in longest):
             longest.append(t)
     row = [next(i for i, r in enumerate(longest) if r[: len(t)] == t) for t in numbers.tokens]
-    on = [
-        sorted({o[len(t)] for o in longest if len(o) > len(t) and o[: len(t)] == t} - digits)
+    within = [
+        [
+            i
+            for i, o in enumerate(numbers.tokens)
+            if len(o) > len(t) and o[: len(t)] == t and o[len(t)] not in carries
+        ]
         for t in numbers.tokens
     ]
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in longest], batch_first=True)
-    return _Tree(padded, torch.tensor(row), torch.tensor([len(t) for t in numbers.tokens]), on)
+    return _Tree(padded, torch.tensor(row), torch.tensor([len(t) for t in numbers.tokens]), within)
 
 
-def _digits(lm: LM) -> Tensor:
-    """Tokens that begin with a digit: they would carry a number on."""
-    names = lm.tokenizer.convert_ids_to_tokens(range(len(lm.tokenizer)))
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
-    found = [i for i, t in enumerate(names) if t and t[0] in "0123456789" and i < vocabulary]
+_SCALES = {"thousand", "million", "billion", "bn"}
+
+
+def _carries(lm: LM) -> Tensor:
+    """Tokens that make another number of the one before: digits, a comma, "k", "thousand", …
+
+    A point isn't among them: "20." and "20.00" are 20, and "20.5" nearly so.
+    """
+    vocabulary, found = lm.model.get_output_embeddings().weight.shape[0], []
+    for i, t in enumerate(lm.tokenizer.convert_ids_to_tokens(range(len(lm.tokenizer)))):
+        if t and i < vocabulary:
+            word = t.lstrip("Ġ▁ ").lower()
+            if t[0] in "0123456789," or t in ("k", "K") or word in _SCALES:
+                found.append(i)
     return torch.tensor(found, device=lm.device, dtype=torch.int64)
 
 
-def _log_probs(
-    lm: LM, ids: Tensor, tree: _Tree, digits: Tensor, temperature: float, around: Around
-) -> Tensor:
-    """log p of every answer after equally long prompts (prompts, tokens): (prompts, answers) float32.
+_EXACT = 32
+
+
+def _logits(lm: LM, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of some tokens in float32: hidden (…, width), tokens (…, k) or (k,) → (…, k)."""
+    head = lm.model.get_output_embeddings()
+    weight = head.weight[tokens].float()
+    found = (hidden[..., None, :].float() * weight).sum(-1) if tokens.dim() > 1 else hidden.float() @ weight.T
+    if getattr(head, "bias", None) is not None:
+        found = found + head.bias[tokens].float()
+    return capped(lm, found)
+
+
+def _normaliser(lm: LM, hidden: Tensor, temperature: float) -> Tensor:
+    """log Σ exp(logit / temperature) over the vocabulary, the largest logits in float32: (…,).
+
+    Half precision rounds logits to steps of up to 1/8, which alone would move a probability by a tenth.
+    """
+    rough = capped(lm, lm.model.get_output_embeddings()(hidden)).float() / temperature
+    if hidden.dtype == torch.float32:
+        return rough.logsumexp(-1)
+    with torch.no_grad():
+        largest = rough.topk(min(_EXACT, rough.shape[-1]), dim=-1).indices
+    rest = rough.scatter(-1, largest, -torch.inf).logsumexp(-1)
+    exact = (_logits(lm, hidden, largest) / temperature).logsumexp(-1)
+    return torch.logaddexp(rest, exact)
+
+
+def _probs(lm: LM, ids: Tensor, tree: _Tree, carries: Tensor, temperature: float, around: Around) -> Tensor:
+    """Probability of every answer after equally long prompts (prompts, tokens): (prompts, answers) float32.
 
     An answer's probability is that of its tokens, times that of no token after them that carries the
-    number on. So probabilities of all answers sum to at most 1. ``around(n)`` is entered for passes
-    with n rows per prompt.
+    number on, less that of longer answers among the candidates. So all sum to at most 1. ``around(n)``
+    is entered for passes with n rows per prompt.
     """
-    last = torch.tensor([-1], device=ids.device)
     cache, n = DynamicCache(), len(tree.rows)
     with around(1):
-        first = lm.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[:, 0]
-    first = (first.float() / temperature).log_softmax(-1)
+        first = lm.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
     for layer in cache.layers:
         layer.keys, layer.values = (x.repeat_interleave(n, 0) for x in (layer.keys, layer.values))
     rows = tree.rows.to(ids.device)
     with around(n):
-        logits = lm.model(rows.repeat(len(ids), 1), past_key_values=cache, use_cache=True).logits
-    logits = (logits.float() / temperature).unflatten(0, (len(ids), n))  # (prompts, rows, steps, vocabulary)
-    whole = logits.logsumexp(-1)
-    step = logits[:, :, :-1].gather(-1, rows[None, :, 1:, None].expand(len(ids), -1, -1, -1))[..., 0]
-    step = torch.cat([first[:, rows[:, 0]][..., None], step - whole[:, :, :-1]], -1).cumsum(-1)
-    row, at = tree.row.to(ids.device), tree.length.to(ids.device) - 1
-    stays = logits[..., digits].logsumexp(-1) - whole if len(digits) else torch.full_like(whole, -torch.inf)
-    on = stays[:, row, at].exp()
-    for i, tokens in enumerate(tree.goes_on):
-        if tokens:
-            more = (logits[:, row[i], at[i]][:, tokens] - whole[:, row[i], at[i], None]).exp().sum(-1)
-            on = on + torch.nn.functional.one_hot(torch.tensor(i), len(row)).to(on) * more[:, None]
-    return step[:, row, at] + torch.log1p(-on.clamp(max=1 - 1e-6))
+        given = rows.repeat(len(ids), 1)
+        hidden = lm.model.base_model(given, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = torch.cat([first.repeat_interleave(n, 0), hidden], 1).unflatten(0, (len(ids), n))
+    whole = _normaliser(lm, hidden, temperature)  # (prompts, rows, steps + 1)
+    token = _logits(lm, hidden[:, :, :-1], rows[None, ..., None].expand(len(ids), -1, -1, -1))[..., 0]
+    path = (token / temperature - whole[:, :, :-1]).cumsum(-1)
+    row, at = tree.row.to(ids.device), tree.length.to(ids.device)
+    p = path[:, row, at - 1].exp()
+    if len(carries):
+        on = (_logits(lm, hidden[:, row, at], carries) / temperature).logsumexp(-1) - whole[:, row, at]
+        p = p * -torch.expm1(on.clamp(max=-1e-6))
+    own: dict[int, Tensor] = {}
+    for i in sorted(range(len(row)), key=lambda i: -int(tree.length[i])):
+        longer = sum((own[j] for j in tree.within[i]), torch.zeros_like(p[:, i]))
+        own[i] = (p[:, i] - longer).clamp(min=1e-30)
+    return torch.stack([own[i] for i in range(len(row))], 1)
 
 
 def _batches(
     lm: LM, asked: pd.DataFrame, numbers: Mapping[tuple[str, str], Numbers], batch_tokens: int
 ) -> Iterator[tuple[Numbers, _Tree, np.ndarray, Tensor]]:
     """Rows of ``asked`` with one question and one length: their numbers and token ids."""
-    digits = set(_digits(lm).tolist())
+    carries = set(_carries(lm).tolist())
     ids = encode(lm, list(asked["prompt"]))
     lengths = np.array([len(i) for i in ids])
     keys = list(zip(asked["context"], asked["variation"], strict=True))
     for key in dict.fromkeys(keys):
         if key not in numbers:
             raise ValueError(f"{', '.join(key)}: no candidate answers; call candidates with its answers.")
-        tree = _tree(numbers[key], digits)
+        tree = _tree(numbers[key], carries)
         here = np.array([k == key for k in keys])
         if lengths[here].max() + tree.rows.shape[1] > lm.context:
             raise ValueError(f"{', '.join(key)}: longer than the model's context of {lm.context} tokens.")
@@ -204,12 +253,13 @@ def distribution(
         raise ValueError(
             f"temperature {temperature}: greedy answers have no distribution; choose one above 0."
         )
-    digits, found = _digits(lm), {}
+    check_unembedding(lm)
+    carries, found = _carries(lm), {}
     shown = bar(total=len(asked), desc=progress, unit="question")
 
     def run(of: Numbers, tree: _Tree, rows: Tensor, ids: Tensor) -> None:
-        log_p = _log_probs(lm, ids, tree, digits, temperature, lambda _: nullcontext())
-        for i, p in zip(rows.tolist(), log_p.exp().cpu().double().numpy(), strict=True):
+        every = _probs(lm, ids, tree, carries, temperature, lambda _: nullcontext())
+        for i, p in zip(rows.tolist(), every.cpu().double().numpy(), strict=True):
             found[i] = pd.DataFrame({"row": i, "value": of.values, "p": p})
 
     for of, tree, rows, ids in _batches(lm, asked, numbers, batch_tokens):
@@ -246,7 +296,8 @@ def slopes(
     (heads, units)
         (questions, layers, heads) and (questions, layers, units) float32.
     """
-    a, digits = lm.anatomy, _digits(lm)
+    check_unembedding(lm)
+    a, carries = lm.anatomy, _carries(lm)
     heads = np.empty((len(asked), a.n_layers, a.n_heads), dtype=np.float32)
     units = np.empty((len(asked), a.n_layers, a.n_units), dtype=np.float32)
     shown = bar(total=len(asked), desc=progress, unit="question")
@@ -263,8 +314,8 @@ def slopes(
             return masked(lm, *(m.repeat_interleave(n, 0) for m in (of_heads, of_units)))
 
         with torch.enable_grad():
-            log_p = _log_probs(lm, ids, tree, digits, temperature, around)[:, torch.from_numpy(use)]
-            expected = (log_p.softmax(-1) * value).sum()
+            p = _probs(lm, ids, tree, carries, temperature, around)[:, torch.from_numpy(use)]
+            expected = ((p * value).sum(1) / p.sum(1)).sum()
             got = torch.autograd.grad(expected, [of_heads, of_units])
         heads[rows.numpy()], units[rows.numpy()] = (g.float().cpu().numpy() for g in got)
 
@@ -299,5 +350,5 @@ def own_answers(
     both = own.merge(given, on=index)
     if both.empty:
         raise ValueError(f"group {group!r} of {by!r} has no numeric answer to these questions.")
-    texts = [lm.tokenizer.decode([int(t) for t in tokens.split()]) for tokens in both["tokens"]]
-    return weightscores.examples(lm, list(both["prompt"]), texts)
+    said = [[int(t) for t in tokens.split()] for tokens in both["tokens"]]
+    return weightscores.from_ids(lm, encode(lm, list(both["prompt"])), said)

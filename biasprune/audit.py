@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from biasprune.decode import sample
+from biasprune.gaps import check_groups
 from biasprune.lm import LM
 from biasprune.prompts import read_csv, user_path
 
@@ -77,10 +78,23 @@ def chosen(contexts: pd.DataFrame, names: Sequence[str] = (), most: int = 0) -> 
     return (some.groupby("context", sort=False).head(most) if most else some).reset_index(drop=True)
 
 
-def halves(names: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Names to select with and names to report on: every other one of each race and gender."""
+def halves(
+    names: pd.DataFrame, by: str, groups: tuple[str, str] | list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Names of two groups to select with and to judge by: every other one of each race and gender.
+
+    Raises
+    ------
+    ValueError
+        If either half has fewer than two names of a group.
+    """
+    names = names[names[by].isin(groups)] if by in names else names
+    check_groups(names, by, groups)
     number = names.groupby(["race", "gender"], sort=False).cumcount()
-    return tuple(names[number % 2 == k].reset_index(drop=True) for k in (0, 1))
+    both = tuple(names[number % 2 == k].reset_index(drop=True) for k in (0, 1))
+    for half in both:
+        check_groups(half, by, groups)
+    return both
 
 
 def relabelled(
@@ -200,8 +214,9 @@ def ask(
     Returns
     -------
     DataFrame
-        context, variation, name, race, gender, mask (number), seed, text, value, kind, tokens (ids of
-        the answer up to the end of its number, as text; "" for none or a range).
+        context, variation, name, race, gender, mask (number), seed, text, value, kind ("number", "range",
+        "unparsable", or "cut" with value NaN where the last token may have cut the number short), tokens
+        (ids of the answer up to the end of its number, as text; "" but for numbers).
     """
     written = sample(
         lm,
@@ -220,13 +235,23 @@ def ask(
     table["mask"] = np.repeat(np.arange(n_masks), n_seeds * n)
     table["seed"] = np.tile(np.repeat(list(seeds), n), n_masks)
     table["text"] = written.texts.reshape(-1)
-    read = [parse(t) for t in table["text"]]
     ids = written.tokens.reshape(-1, written.tokens.shape[-1])
+    unfinished = ids[:, -1] >= 0
+    read = [
+        (float("nan"), "cut") if more and _cut(t) else parse(t)
+        for t, more in zip(table["text"], unfinished, strict=True)
+    ]
     unique, where = np.unique(ids, axis=0, return_inverse=True)
     numbers = np.array([_number_tokens(lm, row[row >= 0]) for row in unique], dtype=object)
-    return table.assign(
-        value=[v for v, _ in read], kind=[k for _, k in read], tokens=numbers[where.reshape(-1)]
-    )
+    kinds = np.array([k for _, k in read], dtype=object)
+    tokens = np.where(kinds == "number", numbers[where.reshape(-1)], "")
+    return table.assign(value=[v for v, _ in read], kind=kinds, tokens=tokens)
+
+
+def _cut(answer: str) -> bool:
+    """Whether nothing but the beginning of a range or of more digits follows the first number."""
+    found = _FIRST.search(answer)
+    return bool(found) and not answer[found.end() :].strip(" ,.-–—$")
 
 
 def ways(lm: LM, contexts: pd.DataFrame, names: pd.DataFrame, suffix: str, **drawing) -> pd.DataFrame:

@@ -514,10 +514,10 @@ def _log_prob(
         logits = (rows @ hidden.to(wide)[..., None])[..., 0]
         if head.bias is not None:
             logits = logits + head.bias[tokens].to(wide)
-        logits = _capped(lm, logits)
+        logits = capped(lm, logits)
         of_chosen, among = logits[..., 0], logits[..., 1:]
     else:
-        logits = _capped(lm, head(hidden.flatten(0, 1))).view(*steps.shape, -1)
+        logits = capped(lm, head(hidden.flatten(0, 1))).view(*steps.shape, -1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         of_chosen = logits.gather(-1, chosen)[..., 0]
         among = logits if kept is None else logits.gather(-1, kept)
@@ -525,7 +525,7 @@ def _log_prob(
     return torch.where(steps >= 0, each, 0).sum(-1).to(lm.device)
 
 
-def _capped(lm: LM, logits: Tensor) -> Tensor:
+def capped(lm: LM, logits: Tensor) -> Tensor:
     """What Gemma 2 does to logits after the unembedding."""
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -534,7 +534,7 @@ def _capped(lm: LM, logits: Tensor) -> Tensor:
 _CHECKED: WeakSet[LM] = WeakSet()
 
 
-def _check_unembedding(lm: LM) -> None:
+def check_unembedding(lm: LM) -> None:
     """Logits must be what the unembedding makes of the last hidden state, and nothing else.
 
     Looked at once for every model.
@@ -544,11 +544,11 @@ def _check_unembedding(lm: LM) -> None:
     ids = torch.tensor([[1, 2, 3]], device=lm.device)
     with torch.no_grad():
         head, hidden = lm.model.get_output_embeddings(), lm.model.base_model(ids).last_hidden_state
-        ours = _capped(lm, head(hidden.to(head.weight.device))).to(lm.device)
+        ours = capped(lm, head(hidden.to(head.weight.device))).to(lm.device)
         if not torch.allclose(ours, lm.model(ids).logits.to(lm.device), rtol=0.02, atol=0.02):
             raise ValueError(
                 f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't "
-                "known here: use fidelity='exact', or add it to _capped in biasprune/decode.py."
+                "known here: use fidelity='exact', or add it to capped in biasprune/decode.py."
             )
     _CHECKED.add(lm)
 
@@ -584,7 +584,7 @@ def _batches(
 def _check_random(lm: LM, temperature: float) -> None:
     if temperature <= 0:
         raise ValueError("greedy continuations have no probability to compare: set temperature > 0.")
-    _check_unembedding(lm)
+    check_unembedding(lm)
 
 
 @torch.inference_mode()

@@ -93,7 +93,8 @@ def _sums(of: pd.DataFrame, sampled: bool) -> np.ndarray:
     return np.stack([n, *(np.nan_to_num(of[c].to_numpy()) * n for c in ("mean", "square"))], 1)
 
 
-def _check_groups(names: pd.DataFrame, by: str, groups: Sequence[str]) -> None:
+def check_groups(names: pd.DataFrame, by: str, groups: Sequence[str]) -> None:
+    """Two different groups with two names each, or a ValueError that says what there is."""
     if by not in names:
         raise ValueError(f"no column {by!r} to compare by; there are race and gender.")
     if len(groups) != 2 or groups[0] == groups[1]:
@@ -151,7 +152,7 @@ def gaps(
     """
     sampled = "p" not in answers
     each = moments(answers, log=log, winsorise=winsorise)
-    _check_groups(each, by, groups)
+    check_groups(each, by, groups)
     rng = np.random.default_rng(seed)
     keep = answers[by].isin(groups)
     parts = dict(list(each.groupby(QUESTION, sort=False)))
@@ -274,34 +275,58 @@ class Effects:
             raise KeyError(f"no pruning with {labels}.")
         return keep
 
+    def _removed(self, rows: np.ndarray) -> tuple[float, np.ndarray]:
+        """How much nearer to 0 the mean directed gap of some rows has come, and its replicates.
+
+        A gap turned around is no gap removed.
+        """
+        after, drawn = self.table["directed"].to_numpy()[rows].mean(), self.directed[rows].mean(0)
+        before = after + self.table["removed"].to_numpy()[rows].mean()
+        before_drawn = drawn + self.removed[rows].mean(0)
+        return abs(before) - abs(after), np.abs(before_drawn) - np.abs(drawn)
+
     def mean(self, by: Sequence[str]) -> pd.DataFrame:
         """Averages over questions: a row for each value of the columns ``by``.
 
         Returns
         -------
         DataFrame
-            by; questions; gap (mean |SMD|, as published), floor; directed and removed with 95 % intervals
-            (_low, _high; basic bootstrap over names); off.
+            by; questions; gap (mean |SMD|, as published), floor; directed, and removed: how much nearer to
+            0 the mean directed gap has come, with 95 % intervals (_low, _high; basic bootstrap over
+            names); off.
         """
         out = []
         for key, part in self.table.groupby(list(by), sort=False):
             at = self.table.index.get_indexer(part.index)
             row = dict(zip(by, key, strict=True)) | {"questions": len(part)}
-            row |= {"gap": part["smd"].abs().mean(), "floor": part["floor"].mean()}
-            for name, drawn in (("directed", self.directed), ("removed", self.removed)):
-                low, high = _interval(part[name].mean(), drawn[at].mean(0))
-                row |= {name: part[name].mean(), f"{name}_low": low, f"{name}_high": high}
+            # a question without variance is NaN, and so is a mean that it belongs to: never a silent 0
+            row |= {c: part[of].abs().mean(skipna=False) for c, of in (("gap", "smd"), ("floor", "floor"))}
+            directed = part["directed"].mean(skipna=False), self.directed[at].mean(0)
+            for name, (point, drawn) in (("directed", directed), ("removed", self._removed(at))):
+                low, high = _interval(point, drawn)
+                row |= {name: point, f"{name}_low": low, f"{name}_high": high}
             out.append({**row, "off": part["off"].mean()})
         return pd.DataFrame(out)
 
-    def more(self, own: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
-        """How much more some rows remove than others, on average: (point, low, high), 95 %."""
-        point = self.table.loc[own, "removed"].mean() - self.table.loc[others, "removed"].mean()
-        return point, *_interval(point, self.removed[own].mean(0) - self.removed[others].mean(0))
+    def more(self, own: np.ndarray, others: Sequence[np.ndarray]) -> tuple[float, float, float]:
+        """How much more some rows remove than others do on average: (point, low, high), 95 %.
+
+        Parameters
+        ----------
+        own, others
+            Rows, bool. Several others, such as random draws, are drawn along in the bootstrap: they
+            are a sample too.
+        """
+        point, drawn = self._removed(own)
+        found = [self._removed(o) for o in others]
+        which = np.random.default_rng(0).integers(len(found), size=(drawn.shape[-1], len(found)))
+        theirs = np.stack([d for _, d in found])[which, np.arange(drawn.shape[-1])[:, None]].mean(1)
+        point -= float(np.mean([x for x, _ in found]))
+        return point, *_interval(point, drawn - theirs)
 
 
 def _interval(point: float, drawn: np.ndarray) -> tuple[float, float]:
-    if np.isnan(drawn).all():
+    if np.isnan(point) or np.isnan(drawn).all():
         return np.nan, np.nan
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return 2 * point - high, 2 * point - low
@@ -337,7 +362,7 @@ def effects(
     ValueError
         A group of fewer than two names, or names or questions that differ from the unpruned model's.
     """
-    _check_groups(unpruned, by, groups)
+    check_groups(unpruned, by, groups)
     kept = unpruned[unpruned[by].isin(groups)].drop_duplicates("name").sort_values("name")
     labels = [c for c in evaluated if c not in (*QUESTION, *_MOMENTS)]
     rng = np.random.default_rng(seed)
@@ -413,7 +438,7 @@ def slope_of_gap(
     each
         Moments of the unpruned model's distributions for the same questions.
     """
-    _check_groups(asked, by, groups)
+    check_groups(asked, by, groups)
     total, n = np.zeros(slopes.shape[1:]), 0
     for key, part in each.groupby(QUESTION, sort=False):
         here = (asked["context"] == key[0]).to_numpy() & (asked["variation"] == key[1]).to_numpy()

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from biasprune import headscores, measure
+from biasprune import headscores, measure, weightscores
 from biasprune.ablate import head_mask, head_masks, masked
 from biasprune.decode import log_ratio, sample
 from biasprune.judge import Judge
@@ -261,8 +261,8 @@ def profile(
     Returns
     -------
     DataFrame
-        score (z_bias or z_ppl), fidelity, and seconds per head in each of ``PARTS``, without what is
-        done once for all heads.
+        score (z_bias or z_ppl), fidelity, and seconds per head in each of ``PARTS``. The unpruned
+        model's texts are left out; the clean pass that a layer's heads share is not.
     """
     (heads,) = layers_of(lm, 1)
     few = _some(heads, naive_heads)
@@ -294,6 +294,77 @@ def profile(
         spent = _parts(lm, judge, call)
         rows.append({"score": score, "fidelity": fidelity, **{k: v / len(of) for k, v in spent.items()}})
     return pd.DataFrame(rows)
+
+
+DIRECT = "one backward pass per example, scores of all layers held"
+
+
+def weight_times(lm: LM, of: weightscores.Examples, at_once: Sequence[int]) -> pd.DataFrame:
+    """Seconds and memory of SNIP scores of all weights, and of Wanda, against the direct loop.
+
+    Parameters
+    ----------
+    at_once
+        Numbers of layers whose scores are held together.
+
+    Returns
+    -------
+    DataFrame
+        method, seconds, peak_mib (over what was in use before), estimate_mib (of
+        ``weightscores.memory``, the model left out), times faster than the loop, difference (largest,
+        relative to a matrix's largest score; NaN for Wanda, which is another score).
+    """
+    names = [name for layer in range(lm.anatomy.n_layers) for name in weightscores.linears(lm, layer)]
+
+    def direct() -> dict[str, torch.Tensor]:
+        weights = {n: weightscores.weight_of(lm.model.get_submodule(n)) for n in names}
+        scores = {n: torch.zeros(w.shape, device=w.device) for n, w in weights.items()}
+        leaves = [lm.model.get_submodule(n).weight.requires_grad_() for n in names]
+        try:
+            for row in range(len(of.ids)):
+                ids, counted = (x[row : row + 1].to(lm.device) for x in (of.ids, of.counted))
+                with torch.enable_grad():
+                    grads = torch.autograd.grad(measure.mean_nll(lm, ids, counted)[0], leaves)
+                for n, leaf, grad in zip(names, leaves, grads, strict=True):
+                    grad = grad if weights[n] is leaf else grad.T  # a Conv1D's
+                    scores[n] += (weights[n].detach().float() * grad.float()).abs()
+        finally:
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+        return scores
+
+    def ours(n: int) -> float:
+        worst = 0.0
+        for _, named in weightscores.snip(lm, of, at_once=n):
+            for name, score in named.items():
+                apart = float((score - oracle[name]).abs().max() / oracle[name].max())
+                worst = apart if not apart <= worst else worst  # NaN stays
+        return worst
+
+    def wanda() -> None:
+        norms = weightscores.input_norms(lm, of)
+        for layer in range(lm.anatomy.n_layers):
+            weightscores.wanda(lm, norms, layer)
+
+    oracle = direct()  # the first calls pay for what later ones find ready
+    for n in at_once:
+        ours(n)
+    oracle, seconds, peak = measured(direct, lm.device)
+    rows = [{"method": f"direct: {DIRECT}", "seconds": seconds, "peak_mib": peak}]
+    sizes = {"sets": 1, "batch_tokens": min(2048, of.ids.numel())}
+    for n in at_once:
+        worst, seconds, peak = measured(lambda n=n: ours(n), lm.device)
+        needed = weightscores.memory(lm.model, lm.anatomy, at_once=n, **sizes)
+        row = {
+            "method": f"snip, {n} layers at once",
+            "seconds": seconds,
+            "peak_mib": peak,
+            "difference": worst,
+        }
+        rows.append({**row, "estimate_mib": 1024 * (sum(needed.values()) - needed["model"])})
+    _, seconds, peak = measured(wanda, lm.device)
+    table = pd.DataFrame([*rows, {"method": "wanda", "seconds": seconds, "peak_mib": peak}])
+    return table.assign(ratio=table["seconds"].iloc[0] / table["seconds"])
 
 
 def summary(times: pd.DataFrame, n_heads: int, naive: str = GENERATE) -> pd.DataFrame:

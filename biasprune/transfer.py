@@ -55,6 +55,9 @@ class Audit:
         Set difference: the share protected for the first group, × the share pruned for the second. The
         second-hand account of the paper has 40 heads minus 5, and equal shares (.15) or nearly so (.40
         and .35) of weights.
+    most, drawing
+        How many numbers a pruned model's distribution is read off for, per question, and how its answers
+        are sampled (options of ``audit.ask``).
     by, groups, log, temperature
         As in ``gaps.gaps`` and ``answers.distribution``. Parts are removed that serve the second group.
     """
@@ -71,6 +74,8 @@ class Audit:
     protect: Mapping[str, float] = field(
         default_factory=lambda: {"heads": 0.3, "neurons": 0.05, "weights": 0.05}
     )
+    most: int = 24
+    drawing: Mapping = field(default_factory=lambda: {"seeds": (0, 1), "max_new_tokens": 10, "top_k": 50})
     q: Mapping[str, float] = field(default_factory=lambda: {"heads": 0.125, "neurons": 1.0, "weights": 1.0})
     _kept: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -102,7 +107,9 @@ class Audit:
         bias, protect = self._sets(asked)
         options = {"score": "wanda", "per_row": True} if how == "wanda" else {}
         parts = granularity(method)
-        pairs = [(p, (self.q[parts] * p, self.protect[parts])) for p in shares]
+        # of few heads at least one: a share of less than one would protect nothing
+        least = 1.0 / self.lm.anatomy.n_flat + 1e-9 if parts == "heads" else 0.0
+        pairs = [(p, (max(least, self.q[parts] * p), self.protect[parts])) for p in shares]
         protect = [*protect, self.utility]
         return weightscores.set_differences(self.lm, bias, protect, pairs, granularity=what, **options)
 
@@ -140,8 +147,10 @@ class Audit:
         share = self.protect["heads" if parts == "heads" else "neurons"]
         free = ~weightscores.top_share(self._harm(parts), share) & torch.from_numpy(slope > 0)
         own = torch.from_numpy(slope).masked_fill(~free, -torch.inf)
-        made = [weightscores.top_share(own, p) & free for p in shares]
-        return [Pruning(**{parts: m}) for m in made]
+        made = [Pruning(**{parts: weightscores.top_share(own, p) & free}) for p in shares]
+        for pruning, p in zip(made, shares, strict=True):
+            weightscores.check_size(self.lm, pruning, f"{what}, slope: top {p}")
+        return made
 
     def _in_place(self, asked: pd.DataFrame, share: float) -> Pruning:
         so_far = Pruning()
@@ -162,55 +171,66 @@ class Audit:
         return so_far
 
     def controls(
-        self, method: str, asked: pd.DataFrame, share: float, own: Pruning, draws: int
+        self, method: str, asked: pd.DataFrame, share: float, own: Pruning, draws: int, shuffles: int = 1
     ) -> dict[str, Pruning]:
         """Prunings that have nothing to do with these groups: "random 0", "swapped 0", "shuffled 0", …
 
-        As many parts of the same layers or matrices; the groups swapped (a slope has no direction to
-        swap, so it has no such control); the names' labels shuffled.
+        Random: as many parts of the same layers or matrices. The groups swapped (a slope has no direction
+        to swap, so it has no such control), or the names' labels shuffled: selected anew with the same
+        share, which may come to other numbers of parts.
+
+        Raises
+        ------
+        ValueError
+            Without a random draw there is nothing to compare with.
         """
+        if draws < 1:
+            raise ValueError(f"{draws} random draws: a selection needs at least one to be compared with.")
         made = {f"random {k}": own.random(self.lm, k) for k in range(draws)}
         if METHODS[method][1] != "slope":
             (made["swapped 0"],) = self.select(method, audit.relabelled(asked, self.by, self.groups), [share])
-        for k in range(draws):
+        for k in range(shuffles):
             shuffled = audit.relabelled(asked, self.by, self.groups, seed=k)
             (made[f"shuffled {k}"],) = self.select(method, shuffled, [share])
         return made
 
     def evaluate(
-        self,
-        prunings: Mapping[str, Pruning],
-        asked: pd.DataFrame,
-        *,
-        reference: pd.DataFrame | None = None,
-        progress: str | None = None,
+        self, prunings: Mapping[str, Pruning], asked: pd.DataFrame, *, progress: str | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Every pruned model's expected answers, and its health.
+
+        A pruned model may answer with other numbers, so each is asked for its own first.
 
         Parameters
         ----------
         prunings
             Name → what is removed; "" is the unpruned model by custom.
-        reference
-            Distributions of the unpruned model, for ``inliers``.
 
         Returns
         -------
         (each, health)
-            each: column pruning, then as ``gaps.moments``. health: pruning, parts (number removed),
-            ppl, and per context and variation unparsable, distinct, inliers as in ``gaps.gaps``.
+            each: column pruning, then as ``gaps.moments``; questions without two different numbers among
+            the answers have NaN. health: pruning, parts (number removed), ppl, and per context and
+            variation of the sampled answers smd, unparsable, distinct and inliers, as in ``gaps.gaps``.
         """
         each, health = [], []
+        versus = {"by": self.by, "groups": self.groups, "log": self.log}
         for name, pruning in bar(prunings.items(), desc=progress):
             with pruning.applied(self.lm):
-                dist = answers.distribution(self.lm, asked, self.numbers, temperature=self.temperature)
+                said = audit.ask(self.lm, asked, temperature=self.temperature, **self.drawing)
+                numbers = answers.candidates(self.lm, said, most=self.most, log=self.log, strict=False)
+                known = [k in numbers for k in zip(asked["context"], asked["variation"], strict=True)]
+                dist = asked[~np.array(known)].drop(columns="prompt").assign(value=np.nan, p=0.0)
+                if any(known):
+                    some = asked[known].reset_index(drop=True)
+                    read = answers.distribution(self.lm, some, numbers, temperature=self.temperature)
+                    dist = pd.concat([read, dist], ignore_index=True)
                 ppl = float(measure.perplexity(measure.nll(self.lm, self.windows), self.windows)[0])
             each.append(gaps.moments(dist, log=self.log).assign(pruning=name))
             with warnings.catch_warnings():  # a dead model has no gap: its health says so
                 warnings.filterwarnings("ignore", message=".*no gap can be measured")
-                versus = {"by": self.by, "groups": self.groups, "log": self.log, "n_boot": 2}
-                own = gaps.gaps(dist, reference=reference, **versus)
-            own = own[[*gaps.QUESTION, "unparsable", "distinct", "inliers"]]
+                own = gaps.gaps(said, reference=self.sampled, n_boot=2, **versus)
+            own = own[[*gaps.QUESTION, "smd", "unparsable", "distinct", "inliers"]]
             health.append(own.assign(pruning=name, parts=len(pruning), ppl=ppl))
         return pd.concat(each, ignore_index=True), pd.concat(health, ignore_index=True)
 
@@ -227,7 +247,7 @@ class Audit:
         ----------
         label
             "own", or a control: "swapped", "shuffled 0", "random 0", … (the last draws as many parts as
-            the method removes). Controls are judged across contexts by the first question of each.
+            the method removes).
         train, test
             Questions about the names to select with and about the others.
 
@@ -248,9 +268,6 @@ class Audit:
         contexts: dict[str, list[tuple[str, str]]] = {}
         for key in chosen:
             contexts.setdefault(key[0], []).append(key)
-        across = test
-        if label != "own":
-            across = pd.concat([by_question[keys[0]] for keys in contexts.values()], ignore_index=True)
         made = {}
         for context, keys in contexts.items():
             for key in keys:
@@ -258,14 +275,13 @@ class Audit:
                 made["same question", on] = chosen[key], by_question[key]
                 if others := [chosen[k] for k in keys if k != key]:
                     made["other questions of the context", on] = common(others), by_question[key]
-            made["whole context", context] = common([chosen[k] for k in keys]), across
+            made["whole context", context] = common([chosen[k] for k in keys]), test
         if kind == "random":
             made = {k: (own.random(self.lm, int(seed)), of) for k, (own, of) in made.items()}
         return made
 
     def judge_levels(
-        self, method: str, share: float, label: str, train: pd.DataFrame, test: pd.DataFrame,
-        reference: pd.DataFrame | None = None,
+        self, method: str, share: float, label: str, train: pd.DataFrame, test: pd.DataFrame
     ) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
         """``levels``, evaluated: as ``evaluate``, with columns method, label, level, selected_for.
 
@@ -274,9 +290,7 @@ class Audit:
         tables: tuple[list[pd.DataFrame], list[pd.DataFrame]] = ([], [])
         made = self.levels(method, share, label, train, test)
         for (level, on), (pruning, asked) in bar(made.items(), desc=f"{method}, {label}"):
-            for out, table in zip(
-                tables, self.evaluate({on: pruning}, asked, reference=reference), strict=True
-            ):
+            for out, table in zip(tables, self.evaluate({on: pruning}, asked), strict=True):
                 own = np.where(table["context"] == on, LEVELS[2], LEVELS[3])
                 table = table.rename(columns={"pruning": "selected_for"})
                 table = table.assign(level=own if level == "whole context" else level)
@@ -325,9 +339,9 @@ def published_heads() -> pd.DataFrame:
 
 
 def beside_controls(
-    effects: gaps.Effects, table: pd.DataFrame, chosen: Mapping[str, str], ppl: Mapping[str, float]
+    effects: gaps.Effects, table: pd.DataFrame, chosen: Mapping[str, str], health: pd.DataFrame
 ) -> pd.DataFrame:
-    """Methods at equal damage, and how much more each removes than its controls.
+    """Methods within one perplexity limit, and how much more each removes than its controls.
 
     Parameters
     ----------
@@ -337,24 +351,26 @@ def beside_controls(
         A row per pruning, as the sweep found it.
     chosen
         Method → its pruning at the chosen threshold.
-    ppl
-        Pruning → perplexity.
+    health
+        Of ``Audit.evaluate``, of all of them and of the unpruned model, "".
 
     Returns
     -------
     DataFrame
         method, the columns of ``table``, and for each control against_… with low and high, and its
-        …_ppl_ratio.
+        mean …_parts and …_ppl_ratio.
     """
-    rows = []
+    rows, of = [], health.groupby("pruning")[["parts", "ppl"]].mean()
     for method, key in chosen.items():
         row = {**table.set_index("pruning").loc[key].to_dict(), "pruning": key, "method": method}
         for control in ("random", "swapped", "shuffled"):
-            if others := [k for k in ppl if k.startswith(f"{method}; {control}")]:
-                found = effects.more(effects.rows(pruning=key), effects.rows(pruning=others))
+            if others := [k for k in of.index if k.startswith(f"{method}; {control}")]:
+                theirs = [effects.rows(pruning=k) for k in others]
+                found = effects.more(effects.rows(pruning=key), theirs)
                 names = [f"against_{control}{end}" for end in ("", "_low", "_high")]
                 row |= dict(zip(names, found, strict=True))
-                row[f"{control}_ppl_ratio"] = np.mean([ppl[k] for k in others]) / ppl[""]
+                row[f"{control}_parts"] = of.loc[others, "parts"].mean()
+                row[f"{control}_ppl_ratio"] = of.loc[others, "ppl"].mean() / of.loc["", "ppl"]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -373,28 +389,39 @@ def fading(effects: gaps.Effects, by_level: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         method; same_question (SMD removed) with low, high; more_than_random with its interval;
-        another_context; lost (same question − another context) with its interval; verdict. There is
-        something to transfer only if a fix works where it was made, beyond noise and random pruning.
+        own_context and another_context, by what the context's questions have in common; lost (same
+        question − another context) with its interval, which is the paper's claim; lost_between (own −
+        another context, the same pruning) with its interval; verdict on the claim. There is something to
+        transfer only if a fix works where it was made, beyond noise and random pruning.
+
+    Raises
+    ------
+    ValueError
+        If there is no random control.
     """
-    own = by_level[by_level["label"] == "own"].set_index(["method", "level"])
+    own = by_level[by_level["label"] == "own"].set_index(["method", "level"])["removed"]
     random = [k for k in by_level["label"].unique() if k.startswith("random")]
+    if not random:
+        raise ValueError("no random control: set at least one draw.")
     rows = []
     for method in own.index.unique("method"):
-        at, here = own.loc[(method, LEVELS[0])], effects.rows(method=method, label="own", level=LEVELS[0])
-        row = {
-            "method": method,
-            "same_question": at["removed"],
-            "low": at["removed_low"],
-            "high": at["removed_high"],
-        }
-        chance = effects.more(here, effects.rows(method=method, label=random, level=LEVELS[0]))
+
+        def of(level: str, label: str = "own", method: str = method) -> np.ndarray:
+            return effects.rows(method=method, label=label, level=level)
+
+        at = by_level[(by_level["method"] == method) & (by_level["label"] == "own")].set_index("level")
+        row = {"method": method, "same_question": own[method, LEVELS[0]]}
+        row |= {"low": at.loc[LEVELS[0], "removed_low"], "high": at.loc[LEVELS[0], "removed_high"]}
+        chance = effects.more(of(LEVELS[0]), [of(LEVELS[0], k) for k in random])
         row |= dict(zip(("more_than_random", "random_low", "random_high"), chance, strict=True))
         verdict = "undecided: one context"
-        if (method, LEVELS[3]) in own.index:
-            lost = effects.more(here, effects.rows(method=method, label="own", level=LEVELS[3]))
-            row |= {"another_context": own.loc[(method, LEVELS[3]), "removed"]}
-            row |= dict(zip(("lost", "lost_low", "lost_high"), lost, strict=True))
-            verdict = "reproduced" if lost[1] > 0 else "not reproduced" if lost[2] < 0 else "undecided"
+        if LEVELS[3] in at.index:
+            row |= {"own_context": own[method, LEVELS[2]], "another_context": own[method, LEVELS[3]]}
+            for name, level in (("lost", LEVELS[0]), ("lost_between", LEVELS[2])):
+                lost = effects.more(of(level), [of(LEVELS[3])])
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), lost, strict=True))
+            low, high = row["lost_low"], row["lost_high"]
+            verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
         works = row["low"] > 0 and row["random_low"] > 0
         rows.append({**row, "verdict": verdict if works else "undecided: no fix to transfer"})
     return pd.DataFrame(rows)
@@ -403,16 +430,17 @@ def fading(effects: gaps.Effects, by_level: pd.DataFrame) -> pd.DataFrame:
 def verdicts(
     effects: gaps.Effects, chosen: pd.DataFrame, anomalies: pd.DataFrame, start: pd.Series, damage: float
 ) -> pd.DataFrame:
-    """The claims of "Breaking Down Bias" on pruning, judged at equal damage.
+    """The claims of "Breaking Down Bias" on pruning, judged within one perplexity limit.
 
     Parameters
     ----------
     effects
         With a label "pruning".
     chosen
-        Per method: method, pruning, ppl_ratio, removed and against_random with their intervals.
+        Per method: method, pruning, ppl_ratio, removed_train (among the names it was selected with),
+        removed and against_random with their intervals (among the others).
     anomalies
-        Health of sampled answers by method: unparsable, inliers; with a row "unpruned".
+        Mean health of sampled answers by method: unparsable, inliers; with a row "unpruned".
     start
         Of the unpruned model: directed with its interval.
     damage
@@ -423,8 +451,8 @@ def verdicts(
     DataFrame
         claim, ours, low, high, verdict, why.
     """
-    fair = chosen[chosen["ppl_ratio"] <= damage]
-    real = fair[(fair["removed_low"] > 0) & (fair["against_random_low"] > 0)]
+    fair = chosen[(chosen["ppl_ratio"] <= damage) & chosen["removed_train"].notna()]
+    works = fair[(fair["removed_low"] > 0) & (fair["against_random_low"] > 0)]
     there = start["directed_low"] > 0
     around = f"{start['directed_low']:.2f} – {start['directed_high']:.2f}"
     rows = [
@@ -435,32 +463,41 @@ def verdicts(
             "high": start["directed_high"],
             "verdict": "found" if there else "not found",
             "why": f"mean SMD {start['directed']:.2f} ({around})",
-        },
-        {
-            "claim": "Pruning removes the gap, more than random pruning does",
-            "ours": real["removed"].max() if len(real) else np.nan,
-            "verdict": "undecided" if not there else "reproduced" if len(real) else "not reproduced",
-            "why": f"methods with both intervals above 0 at a perplexity of at most ×{damage:g}: "
-            + ("; ".join(real["method"]) or "none"),
-        },
+        }
     ]
-    best = {p: g.loc[g["removed"].idxmax()] for p, g in fair.groupby(fair["method"].map(granularity))}
+    # picked by the names that selections are made with, never by those they are judged by
+    best = {p: g.loc[g["removed_train"].idxmax()] for p, g in fair.groupby(fair["method"].map(granularity))}
+    row = {"claim": "Pruning removes the gap, more than random pruning does", "verdict": "undecided"}
+    row["why"] = "no threshold keeps the perplexity within the limit"
+    if len(fair):
+        top = fair.loc[fair["removed_train"].idxmax()]
+        row |= {"ours": top["removed"], "low": top["removed_low"], "high": top["removed_high"]}
+        row["why"] = (
+            f"{top['method']}, best among the other names: {top['removed']:.2f} ({top['removed_low']:.2f} – "
+            f"{top['removed_high']:.2f}), {top['against_random']:.2f} more than random; of all methods these "
+            f"work: {'; '.join(works['method']) or 'none'}"
+        )
+        if there and top["method"] in set(works["method"]):
+            row["verdict"] = "reproduced"
+        elif there and top["removed_high"] < start["directed"] / 2:
+            row["verdict"] = "not reproduced"
+    rows.append(row)
     for fine in ("neurons", "weights"):
         row = {"claim": f"{fine.capitalize()} remove more than heads", "verdict": "undecided"}
+        row["why"] = "no threshold keeps the perplexity within the limit"
         if fine in best and "heads" in best:
             own, other = (best[k] for k in (fine, "heads"))
-            more, low, high = effects.more(*(effects.rows(pruning=x["pruning"]) for x in (own, other)))
+            here, theirs = (effects.rows(pruning=x["pruning"]) for x in (own, other))
+            more, low, high = effects.more(here, [theirs])
             row |= {"ours": more, "low": low, "high": high}
             row["why"] = f"{own['method']} − {other['method']}: {more:.2f} ({low:.2f} – {high:.2f})"
             if there:
                 row["verdict"] = "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
-        else:
-            row["why"] = "no threshold keeps the perplexity within the limit"
         rows.append(row)
     row = {"claim": "Little anomalous behaviour", "verdict": "undecided"}
     row["why"] = "no method removes the gap, so there is nothing to pay for"
-    if len(real):
-        base, kept = anomalies.loc["unpruned"], anomalies.loc[real["method"]]
+    if there and len(works):
+        base, kept = anomalies.loc["unpruned"], anomalies.loc[works["method"]]
         inliers, off = kept["inliers"].min(), (kept["unparsable"] - base["unparsable"]).max()
         good = inliers >= base["inliers"] - 0.1 and off <= 0.05
         row |= {"ours": inliers, "verdict": "reproduced" if good else "not reproduced"}

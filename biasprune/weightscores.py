@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from biasprune.ablate import Pruning, masked, recorded, resumed
-from biasprune.lm import LM, weight_of
+from biasprune.lm import LM, Anatomy, weight_of
 from biasprune.measure import Windows, mean_nll
 from biasprune.progress import bar
 
@@ -53,10 +53,20 @@ def examples(lm: LM, prompts: Sequence[str], responses: Sequence[str], *, whole:
         raise ValueError(
             f"{len(prompts)} prompts and {len(responses)} responses: give equally many, at least one."
         )
+    return from_ids(
+        lm,
+        [lm.tokenizer(p)["input_ids"] for p in prompts],
+        [lm.tokenizer(r, add_special_tokens=False)["input_ids"] for r in responses],
+        whole=whole,
+    )
+
+
+def from_ids(
+    lm: LM, prompts: Sequence[list[int]], responses: Sequence[list[int]], *, whole: bool = False
+) -> Examples:
+    """``examples`` from token ids, such as a model's own answers as it wrote them."""
     rows, counted = [], []
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start = lm.tokenizer(prompt)["input_ids"]
-        answer = lm.tokenizer(response, add_special_tokens=False)["input_ids"]
+    for i, (start, answer) in enumerate(zip(prompts, responses, strict=True)):
         if not answer:
             raise ValueError(f"response {i} is empty.")
         if len(start) + len(answer) > lm.context:
@@ -279,7 +289,50 @@ def set_difference(
     return chosen
 
 
+def memory(
+    model: nn.Module, anatomy: Anatomy, *, at_once: int, sets: int = 3, batch_tokens: int = 2048
+) -> dict[str, float]:
+    """What SNIP scores of all weights need, in GiB: an estimate from the model's shape.
+
+    Parameters
+    ----------
+    model
+        Weights aren't looked at: it may lie on the meta device.
+    sets
+        Sets of examples scored side by side: bias, the other group, a utility set.
+
+    Returns
+    -------
+    dict
+        model; scores (float32, of ``at_once`` layers); products (float32 copies of the largest matrix
+        while one example is added); activations (kept for the backward pass) and logits of one batch.
+    """
+    config, width = model.config.get_text_config(), next(model.parameters()).element_size()
+    layer = model.get_submodule(anatomy.layers[0])
+    sizes = [m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
+    kept = anatomy.n_layers * (12 * config.hidden_size + 5 * anatomy.n_units) * width
+    parts = {
+        "model": sum(p.numel() for p in model.parameters()) * width,
+        "scores": at_once * sum(sizes) * 4 * sets,
+        "products": 4 * max(sizes) * 4,
+        "activations": batch_tokens * kept,
+        "logits": batch_tokens * config.vocab_size * (2 * width + 8),
+    }
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
 GRANULARITIES = {"weight": "weights", "neuron": "units", "head": "heads"}
+
+
+def check_size(lm: LM, pruning: Pruning, what: str) -> None:
+    """Warn of a selection of nothing, or of every part of a layer or every weight of a matrix."""
+    masks = [x for x in (pruning.heads, pruning.units) if x is not None]
+    whole = any(bool(x.all(1).any()) for x in masks) or any(
+        len(i) == weight_of(lm.model.get_submodule(n)).numel() for n, i in pruning.weights.items()
+    )
+    if whole or not len(pruning):
+        found = "everything in some layer" if whole else "nothing"
+        warnings.warn(f"{what} selects {found}.", stacklevel=3)
 
 
 def set_differences(
@@ -326,7 +379,7 @@ def set_differences(
     Warns
     -----
     UserWarning
-        Where shares select nothing: such a pruning removes nothing.
+        Where shares select nothing (such a pruning removes nothing), or all of some layer or matrix.
 
     Source
     ------
@@ -367,6 +420,5 @@ def set_differences(
             Pruning(**{what: set_difference(own, others, p, q, per_row=layerwise)}) for p, q in shares
         ]
     for pruning, (p, q) in zip(prunings, shares, strict=True):
-        if not len(pruning):
-            warnings.warn(f"{granularity}: top {p} minus top {q} selects nothing.", stacklevel=2)
+        check_size(lm, pruning, f"{granularity}: top {p} minus top {q}")
     return prunings

@@ -23,7 +23,7 @@
 #
 # **What is done here.** The gap is read off the model's *distribution* over numeric answers, without sampling noise, and checked against
 # sampled answers. Parts are selected with one half of the names and judged by the other half. Heads, neurons (MLP units) and weights
-# are compared at equal damage: the same perplexity. Three controls stand beside every method: as many parts drawn at random, the groups
+# are compared within the same limit of perplexity. Three controls stand beside every method: as many parts drawn at random, the groups
 # swapped, the labels shuffled.
 #
 # **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`:
@@ -50,6 +50,7 @@ answer_tokens: int = 4  # length of a sampled answer (paper: 10)
 answer_temperature: float = 0.6  # as in the paper
 answer_top_k: int = 50  # draw answers from the k likeliest tokens; 0 takes all, which is slow
 answer_seeds: int = 8  # sampled answers per name and question (paper: 100)
+judge_seeds: int = 4  # sampled answers of pruned models, which say what numbers they come to
 most_numbers: int = 12  # numbers whose probability is read off, per question
 log_values: bool = True  # compare logarithms of the answers
 audit_window: int = 64  # tokens per perplexity window
@@ -58,7 +59,8 @@ part_shares: dict = {"heads": [0.07, 0.13, 0.19], "neurons": [0.002, 0.004, 0.00
 protect_share: dict = {"heads": 0.3, "neurons": 0.05, "weights": 0.05}  # share of parts protected for their effect on prose (utility set)  # fmt: skip
 protect_group: dict = {"heads": 0.125, "neurons": 1.0, "weights": 1.0}  # set difference: the share protected for the first group, in shares pruned for the second  # fmt: skip
 damage: float = 1.1  # perplexity limit, × unpruned, at which methods are compared
-control_draws: int = 3  # random and shuffled controls per method
+control_draws: int = 3  # random controls per method
+control_shuffles: int = 1  # controls with shuffled labels per method
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
@@ -96,16 +98,21 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "contexts_source", "names_source", "compare_by", "groups", "audit_context", "max_variations", "corpus_name", "chat", "prefix", "suffix", "answer_tokens", "answer_temperature", "answer_top_k", "answer_seeds", "most_numbers", "log_values", "audit_window", "audit_tokens", "part_shares", "protect_share", "protect_group", "damage", "control_draws"]}  # fmt: skip
+config = {name: globals()[name] for name in ["model", "revision", "dtype", "contexts_source", "names_source", "compare_by", "groups", "audit_context", "max_variations", "corpus_name", "chat", "prefix", "suffix", "answer_tokens", "answer_temperature", "answer_top_k", "answer_seeds", "judge_seeds", "most_numbers", "log_values", "audit_window", "audit_tokens", "part_shares", "protect_share", "protect_group", "damage", "control_draws", "control_shuffles"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"02_neuron_pruning-{model}-{compare_by}")
-run = record.Run(folder, config, notebook="02_neuron_pruning")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
-run.note(provenance=record.provenance(net))
 contexts, names = audit.load("contexts", contexts_source), audit.load("names", names_source)
 contexts = audit.chosen(contexts, [audit_context], max_variations)
-names = names[names[compare_by].isin(groups)]
-train_names, test_names = audit.halves(names)
-run.note(data={"contexts": record.frame_sha256(contexts), "names": record.frame_sha256(names)})
+train_names, test_names = audit.halves(names, compare_by, groups)
+names = pd.concat([train_names, test_names], ignore_index=True)
+# results are kept for these tables and weights, not for their names alone
+inputs = {
+    "contexts": record.frame_sha256(contexts),
+    "names": record.frame_sha256(names),
+    "weights": net.revision,
+}
+run = record.Run(folder, {**config, "inputs": inputs}, notebook="02_neuron_pruning")
+run.note(provenance=record.provenance(net), data=inputs)
 facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
 shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
 display(Markdown(
@@ -129,14 +136,14 @@ choice.assign(used_below=used).style.hide(axis="index").format(precision=2)
 # ## 2 Is there a gap?
 # SMD: difference of the groups' means over the pooled standard deviation of answers, for the logarithm of the answer where
 # `log_values` is set; intervals draw names, which are the sample. The paper samples answers. Here the candidates come from sampled answers over all
-# names, and each name's probability of every candidate is then read off: the SMD that infinitely many answers would give.
+# names, and each name's probability of every candidate is then read off: the SMD that infinitely many answers would give, among these numbers.
 
 # %%
 ask = {"suffix": suffix, "chat": chat, "prefix": prefix}
 asked_train, asked_test = (audit.questions(net, contexts, some, **ask) for some in (train_names, test_names))
 asked_all = pd.concat([asked_train, asked_test], ignore_index=True)
 sampled = run.frame("sampled", lambda: audit.ask(net, asked_all, progress="answers", **drawing))
-numbers = answers.candidates(net, sampled, most=most_numbers)
+numbers = answers.candidates(net, sampled, most=most_numbers, log=log_values)
 reading = {"temperature": answer_temperature}
 dist = run.frame(
     "distribution",
@@ -158,7 +165,8 @@ figure = figures.smd_by_question(found, groups)
 figures.save(figure, folder / "figures", "gaps")
 
 # %%
-both = [("race", tuple(names["race"].unique()[:2])), ("gender", tuple(sorted(names["gender"].unique())[:2]))]
+sides = {b: names[b].value_counts().loc[lambda c: c >= 2].index[:2] for b in ("race", "gender")}
+both = [(b, tuple(sorted(g))) for b, g in sides.items() if len(g) == 2]
 every = gaps.moments(dist, log=log_values).assign(pruning="")
 overview = run.frame("overview", lambda: pd.concat([
     gaps.effects(every, every.drop(columns="pruning"), by=b, groups=g, signs=gaps.directions(every.drop(columns="pruning"), by=b, groups=g) ** 2)
@@ -185,8 +193,9 @@ start[["context", "questions", "gap", "floor", "directed", "directed_low", "dire
 # ## 3 Select
 # | method | removes |
 # |---|---|
-# | set difference | the top p by SNIP on one group's answers, minus the top p on the other group's, minus the top share on prose |
-# | set difference, Wanda | the same by Wanda scores |
+# | set difference | the top share p by SNIP on one group's answers, minus the top `protect_group` × p on the other group's, minus the top `protect_share` on prose |
+# | Wanda | the same by Wanda scores, from every output row |
+# | as published | Wanda with every layer scored on the embeddings, no prose, and models pruned in place one question after the other |
 # | slope | the parts that add most to the gap to first order (∂SMD/∂mask), outside those that matter most for prose |
 #
 # Heads are chosen from the whole model, neurons from every layer by set difference and from the whole model by slope, weights from every
@@ -198,7 +207,8 @@ cut = {"length": audit_window, "max_tokens": audit_tokens}
 valid_windows, test_windows = (measure.windows(net, t, **cut) for t in (text_valid, text_test))
 own = transfer.Audit(
     lm=net, sampled=sampled, numbers=numbers, utility=weightscores.prose(valid_windows), windows=test_windows,
-    log=log_values, temperature=answer_temperature, protect=protect_share, q=protect_group, **versus,
+    log=log_values, temperature=answer_temperature, protect=protect_share, q=protect_group, most=most_numbers,
+    drawing={"seeds": range(judge_seeds), "max_new_tokens": answer_tokens, "top_k": answer_top_k}, **versus,
 )  # fmt: skip
 
 
@@ -210,9 +220,7 @@ def selected(name: str, *shares: float) -> list[ablate.Pruning]:
 def evaluated(name: str, make, asked: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Selects and evaluates, or reads what an earlier run has stored."""
     file = record.slug(name.replace(",", "").replace(" ", "_"))
-    return run.frame_pair(
-        file, lambda: own.evaluate(make(), asked, reference=dist, progress=name), ("moments", "health")
-    )
+    return run.frame_pair(file, lambda: own.evaluate(make(), asked, progress=name), ("moments", "health"))
 
 
 def sweep(name: str) -> dict[str, ablate.Pruning]:
@@ -230,9 +238,10 @@ parts = [evaluated("unpruned", lambda: {"": ablate.Pruning()}, asked_all)]
 parts += [evaluated(name, lambda n=name: sweep(n), asked_all) for name in transfer.METHODS]
 each, health = (pd.concat(x, ignore_index=True) for x in zip(*parts, strict=True))
 on_train, on_test = (each[each["name"].isin(some["name"])] for some in (train_names, test_names))
-table = gaps.effects(on_test, each_test, signs=signs, **versus).mean(["pruning"])
+base_train, base_test = (t[t["pruning"] == ""].drop(columns="pruning") for t in (on_train, on_test))
+table = gaps.effects(on_test, base_test, signs=signs, **versus).mean(["pruning"])
 chosen_by = (
-    gaps.effects(on_train, each_train, signs=signs, **versus)
+    gaps.effects(on_train, base_train, signs=signs, **versus)
     .mean(["pruning"])
     .set_index("pruning")["removed"]
 )
@@ -246,19 +255,19 @@ table[columns].style.hide(axis="index").format(precision=3).format(precision=0, 
 
 # %% [markdown]
 # `gap` is the mean |SMD| over questions, as in the paper; noise alone gives `floor`. `removed` is how much of the SMD is gone, in the direction
-# known from the other names, with 95 % intervals over names (0: nothing; below 0: the gap grew). Beside it the health: `off`, the probability of anything but
-# the candidate numbers; `distinct`, how many equally likely numbers an answer amounts to; `inliers`, the share
-# inside the unpruned model's 5 – 95 % range; `ppl_ratio`, perplexity on prose.
+# known from the other names, with 95 % intervals over names (0: nothing; below 0: the gap grew). Each pruned model is read off for the numbers that it
+# comes to itself. Beside it the health: `off`, the probability of anything but those numbers; of sampled answers `distinct`, different numbers per
+# question, and `inliers`, the share inside the unpruned model's 5 – 95 % range; `ppl_ratio`, perplexity on prose.
 
 # %%
 figure = figures.gap_against_damage(table, damage)
 figures.save(figure, folder / "figures", "gap_against_damage")
 
 # %% [markdown]
-# ## 4 At equal damage, beside the controls
+# ## 4 Within one limit of perplexity, beside the controls
 # Each method at the threshold that removes most among the names it was selected with, of those with a perplexity of at most `damage` × unpruned
-# (the least harmful threshold if there is none). Controls prune as
-# many parts of the same layers: drawn at random; selected with the groups swapped (a slope has no direction to swap); selected with
+# (the least harmful threshold if there is none). Controls:
+# as many parts of the same layers, drawn at random; selected with the groups swapped (a slope has no direction to swap); selected with
 # the names' labels shuffled. What a control removes too has nothing to do with these groups in particular: a slope under shuffled labels
 # still points at whatever makes names differ, of which the groups' difference may be the largest part.
 
@@ -267,13 +276,13 @@ table["removed_train"] = table["pruning"].map(chosen_by)
 share_of = {}
 for m in transfer.METHODS:
     tried = table[table["method"] == m]
-    fair = tried[(tried["ppl_ratio"] <= damage) & (tried["parts"] > 0)]
+    fair = tried[(tried["ppl_ratio"] <= damage) & (tried["parts"] > 0) & tried["removed_train"].notna()]
     best = fair["removed_train"].idxmax() if len(fair) else tried["ppl_ratio"].idxmin()
     share_of[m] = float(table.loc[best, "share"])
 
 
 def controls(name: str) -> dict[str, ablate.Pruning]:
-    others = own.controls(name, asked_train, share_of[name], at_share(name), control_draws)
+    others = own.controls(name, asked_train, share_of[name], at_share(name), control_draws, control_shuffles)
     return {f"{name}; {control}": pruning for control, pruning in others.items()}
 
 
@@ -283,38 +292,33 @@ beside = [
 ]
 each_all = pd.concat([on_test, *(a for a, _ in beside)], ignore_index=True)
 health_all = pd.concat([health, *(b for _, b in beside)], ignore_index=True)
-whole = gaps.effects(each_all, each_test, signs=signs, **versus)
-ppl = health_all.groupby("pruning", sort=False)["ppl"].first()
+whole = gaps.effects(each_all, base_test, signs=signs, **versus)
 
 
 chosen = run.frame("equal_damage", lambda: transfer.beside_controls(
-    whole, table, {m: f"{m}, {share_of[m]}" for m in transfer.METHODS}, ppl.to_dict()
+    whole, table, {m: f"{m}, {share_of[m]}" for m in transfer.METHODS}, health_all
 ))  # fmt: skip
-display(chosen[["method", "share", "parts", "ppl_ratio", "gap", "removed", "removed_low", "removed_high", *[c for c in chosen if c.startswith("against")]]].style.hide(axis="index").format(precision=2, na_rep="–").format(precision=0, thousands=",", subset="parts").set_caption("SMD removed at equal damage, and how much more than by the controls"))  # fmt: skip
+slim = ["method", "share", "parts", "ppl_ratio", "removed", "removed_low", "removed_high", "against_random", "against_random_low", "against_random_high", "against_swapped", "against_shuffled", "random_ppl_ratio", "off"]  # fmt: skip
+beside_table = run.frame("beside", lambda: chosen[slim])
+display(beside_table.style.hide(axis="index").format(precision=3, na_rep="–").format(precision=0, thousands=",", subset="parts").set_caption("SMD removed, and how much more than by the controls"))  # fmt: skip
 figure = figures.removed_beside_controls(chosen)
 figures.save(figure, folder / "figures", "beside_controls")
 
 # %% [markdown]
 # ## 5 Anomalous behaviour: sampled answers after pruning
-# What users would see. `inliers` as in the paper: the share of answers inside the unpruned model's 5 – 95 % range (of its own answers, about .9).
-
+# What users would see, names to judge by. `inliers` as in the paper: the share of answers inside the unpruned model's 5 – 95 % range (of its own
+# answers, about .9).
 
 # %%
-def after(name: str) -> pd.DataFrame:
-    with at_share(name).applied(net):
-        got = audit.ask(net, asked_test, **drawing)
-    return gaps.gaps(got, log=log_values, reference=before, **versus).assign(method=name)
-
-
-before = sampled[sampled["name"].isin(test_names["name"])]
-seen = run.frame("sampled_after", lambda: pd.concat([
-    gaps.gaps(before, log=log_values, reference=before, **versus).assign(method="unpruned"), *(after(m) for m in transfer.METHODS)
-], ignore_index=True))  # fmt: skip
-anomalies = seen.groupby("method", sort=False)[["unparsable", "ranges", "distinct", "inliers"]].mean()
-anomalies["mean |SMD|, sampled"] = seen["smd"].abs().groupby(seen["method"], sort=False).mean()
-anomalies["ppl_ratio"] = chosen.set_index("method")["ppl_ratio"].reindex(anomalies.index).fillna(1.0)
+after = health_all.groupby("pruning", sort=False)[["unparsable", "distinct", "inliers", "ppl"]].mean()
+after["mean_smd"] = health_all["smd"].abs().groupby(health_all["pruning"]).mean()
+anomalies = (
+    after.loc[["", *chosen["pruning"]]].set_axis(["unpruned", *chosen["method"]]).rename_axis("method")
+)
 run.frame("anomalies", lambda: anomalies.reset_index())
-anomalies.style.format(precision=3)
+anomalies.style.format(precision=3).set_caption(
+    "mean_smd: mean |SMD| of these few answers, as the paper measures it"
+)
 
 # %% [markdown]
 # ## 6 Do the selections hang together?
@@ -360,17 +364,19 @@ if planted:
 
 # %%
 run.finish(
+    about=f"{audit_context}, {groups[0]} − {groups[1]}",
     sentence=sentence,
     minutes=round(sum(run.record["seconds"].values()) / 60, 1),
     tables={
         "ways_to_ask": "Does the model answer with numbers? Ways to ask",
-        "equal_damage": "SMD removed at equal damage, names to judge by, against controls (95 % over names)",
+        "overview": "Mean SMD over the questions of this context, all names (directed: with its sign; floor: mean |SMD| of shuffled labels)",
+        "beside": "SMD removed within the perplexity limit, names to judge by, and how much more than the controls remove (95 %)",
         "anomalies": "Sampled answers after pruning",
         "verdicts": "Claims",
     },
     figures={
         "gap_against_damage": "SMD removed against perplexity, per method",
-        "beside_controls": "SMD removed at equal damage beside the controls",
+        "beside_controls": "SMD removed within the perplexity limit, beside the controls",
     },
 )
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

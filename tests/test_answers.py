@@ -33,21 +33,19 @@ NUMBERS = {
 def one_by_one(
     lm, prompt: str, numbers: answers.Numbers, temperature: float, stops: list[int]
 ) -> list[float]:
-    """Oracle: token by token, every answer by itself, nothing cached."""
-    start, found = lm.tokenizer(prompt)["input_ids"], []
-    for answer in numbers.tokens:
-        p = 1.0
-        for i, token in enumerate(answer):
-            logits = lm.model(torch.tensor([start + list(answer[:i])])).logits[0, -1]
-            p *= float((logits.double() / temperature).softmax(-1)[token])
-        last = (lm.model(torch.tensor([start + list(answer)])).logits[0, -1].double() / temperature).softmax(
-            -1
-        )
-        longer = {
-            o[len(answer)] for o in numbers.tokens if o[: len(answer)] == answer and len(o) > len(answer)
-        }
-        found.append(p * (1 - float(last[sorted(longer | set(stops))].sum())))
-    return found
+    """Oracle: token by token, every answer by itself, nothing cached; longer answers first."""
+    start, found = lm.tokenizer(prompt)["input_ids"], {}
+
+    def following(answer: tuple[int, ...]) -> torch.Tensor:
+        logits = lm.model(torch.tensor([start + list(answer)])).logits[0, -1]
+        return (logits.double() / temperature).softmax(-1)
+
+    for answer in sorted(numbers.tokens, key=len, reverse=True):
+        p = np.prod([float(following(answer[:i])[token]) for i, token in enumerate(answer)])
+        p *= 1 - float(following(answer)[stops].sum())
+        longer = [o for o in found if o[: len(answer)] == answer and o[len(answer)] not in stops]
+        found[answer] = p - sum(found[o] for o in longer)
+    return [found[answer] for answer in numbers.tokens]
 
 
 @torch.no_grad()
@@ -55,10 +53,11 @@ def test_distribution_is_the_definition(arch_lm):
     heads = torch.zeros(arch_lm.anatomy.n_layers, 4).bool()
     heads[:, 2] = True
     masks = ablate.Pruning(heads=heads)
+    comma = [i for t, i in arch_lm.tokenizer.get_vocab().items() if t[0] == ","]
     for pruning in (ablate.Pruning(), masks):
         with pruning.applied(arch_lm):
             got = answers.distribution(arch_lm, ASKED, NUMBERS, temperature=1.5, batch_tokens=24)
-            expected = [one_by_one(arch_lm, p, NUMBERS[KEY], 1.5, []) for p in ASKED["prompt"]]
+            expected = [one_by_one(arch_lm, p, NUMBERS[KEY], 1.5, comma) for p in ASKED["prompt"]]
         assert got["name"].tolist() == np.repeat(ASKED["name"], 5).tolist()
         np.testing.assert_allclose(got["p"].to_numpy().reshape(4, 5), expected, rtol=2e-3, atol=1e-7)
         assert (got.groupby("name")["p"].sum() < 1).all()
@@ -68,8 +67,8 @@ def test_distribution_is_the_definition(arch_lm):
 @torch.no_grad()
 def test_digits_carry_a_number_on():
     lm = lm_module.load("planted-audit", device="cpu")
-    digits = [i for t, i in lm.tokenizer.get_vocab().items() if t[0] in "0123456789"]
-    assert sorted(digits) == answers._digits(lm).tolist() and len(digits) >= 10
+    digits = [i for t, i in lm.tokenizer.get_vocab().items() if t[0] in "0123456789," or t in "kK"]
+    assert sorted(digits) == answers._carries(lm).tolist() and len(digits) >= 10
     four, zero = (lm.tokenizer.get_vocab()[t] for t in "40")
     numbers = {KEY: answers.Numbers(tokens=[(four,), (four, zero)], values=np.array([4.0, 40.0]))}
     got = answers.distribution(lm, ASKED.head(1), numbers)
@@ -149,7 +148,7 @@ def test_slope_of_gap_is_that_of_the_gap():
             "longer than the model's context",
         ),
         (
-            lambda lm: answers.candidates(lm, ASKED.assign(tokens="", text="no idea")),
+            lambda lm: answers.candidates(lm, ASKED.assign(tokens="", text="no idea", value=np.nan)),
             "c, v: 0 different numbers among 4 answers, such as 'no idea'",
         ),
     ],
@@ -157,3 +156,36 @@ def test_slope_of_gap_is_that_of_the_gap():
 def test_bad_input(tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny)
+
+
+def test_carriers_of_any_tokenizer():
+    """Byte-level and SentencePiece names of tokens."""
+
+    class Names:
+        def __len__(self) -> int:
+            return 12
+
+        def convert_ids_to_tokens(self, ids) -> list[str]:
+            return ["5", "50", "Ġ5", "▁5", ",", ",000", ".", "k", "Ġk", "Ġthousand", "▁Million", "km"]
+
+    lm = random_lm("llama")
+    fake = lm_module.LM(
+        model=lm.model, tokenizer=Names(), anatomy=lm.anatomy, name="x", folder=None, origin=""
+    )
+    assert answers._carries(fake).tolist() == [0, 1, 4, 5, 7, 9, 10]
+
+
+def test_half_precision_is_mended_where_it_matters():
+    """Logits are rounded to steps of 1/16 and more in bfloat16; probabilities must not be."""
+    lm = random_lm("llama")
+    head = lm.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(30 / float(head.weight.norm(dim=1).mean()))
+        hidden = torch.randn(64, head.weight.shape[1])
+        hidden = hidden.bfloat16().float()
+        head.weight.copy_(head.weight.bfloat16().float())
+        exact = (head(hidden) / 0.6).logsumexp(-1)
+        half = lm_module.LM(**{**lm.__dict__, "model": lm.model.bfloat16()})
+        rough = (half.model.get_output_embeddings()(hidden.bfloat16()).float() / 0.6).logsumexp(-1)
+        mended = answers._normaliser(half, hidden.bfloat16(), 0.6)
+    assert (mended - exact).abs().max() < 0.01 < (rough - exact).abs().max()

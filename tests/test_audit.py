@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from biasprune import ablate, audit, decode, gaps
+from biasprune import lm as lm_module
 
 
 @pytest.mark.parametrize(
@@ -182,9 +183,37 @@ def test_questions_and_answers():
     ).texts
     for r in got.itertuples():
         text = whole[r.mask, (0, 5).index(r.seed), ["friend", "neighbour"].index(r.name)]
-        assert r.text == text and r.kind == audit.parse(text)[1]
+        assert r.text == text and r.kind in (audit.parse(text)[1], "cut")
+        assert (r.tokens != "") == (r.kind == "number") == np.isfinite(r.value)
     lm.tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}me:{% endif %}"
     )
     chat = audit.questions(lm, contexts, names, suffix="", prefix=False)
     assert chat["prompt"].iloc[0] == "<the friend is>me:"
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("150,", True),
+        ("50,000 - $", True),
+        ("15", True),
+        ("15\n", False),
+        ("15 dollars", False),
+        ("none", False),
+    ],
+)
+def test_numbers_that_the_last_token_may_have_cut(text, cut):
+    assert audit._cut(text) == cut
+
+
+def test_cut_answers_are_no_numbers():
+    """The planted model writes its number and a line break: one token less cuts it."""
+    lm = lm_module.load("planted-audit", device="cpu")
+    contexts, names = (audit.load(w, f"models/planted-audit/{w}.csv") for w in ("contexts", "names"))
+    asked = audit.questions(lm, contexts.head(1), names.head(2), chat=False)
+    whole, short = (audit.ask(lm, asked, seeds=range(2), max_new_tokens=n) for n in (4, 1))
+    assert (whole["kind"] == "number").all() and (whole["tokens"] != "").all()
+    assert (short["kind"] == "cut").all() and short["value"].isna().all() and (short["tokens"] == "").all()
+    ways = audit.ways(lm, contexts.head(1), names.head(2), "", seeds=range(2), max_new_tokens=4)
+    assert len(ways) == 2 and not ways["chat"].any() and (ways["answers"] == 4).all()

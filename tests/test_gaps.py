@@ -91,7 +91,7 @@ def test_paired_intervals_cover_the_truth_and_are_narrower():
         truth = 0.25 / np.sqrt(0.09 + 2 * 0.2 / 0.9 * 0.25)
         hits += row["removed_low"] <= truth <= row["removed_high"]
         narrow += (row["removed_high"] - row["removed_low"]) < (row["directed_high"] - row["directed_low"])
-    assert hits / n > 0.85 and narrow / n > 0.95
+    assert hits / n > 0.85 and narrow / n > 0.9
 
 
 def test_a_control_removes_nothing_and_more_says_so():
@@ -99,7 +99,7 @@ def test_a_control_removes_nothing_and_more_says_so():
     real = gaps.moments(distributions({"u": 0.0, "v": 0.0})).assign(method="real")
     control = before.assign(method="control")
     both = gaps.effects(pd.concat([real, control]), before, signs=gaps.directions(before))
-    point, low, high = both.more(both.rows(method="real"), both.rows(method=["control"]))
+    point, low, high = both.more(both.rows(method="real"), [both.rows(method=["control"])])
     table = both.mean(["method"]).set_index("method")
     assert point == pytest.approx(table.loc["real", "removed"]) and low > 0
     assert both.rows(method="real", variation="u").sum() == 1
@@ -123,12 +123,15 @@ def test_bad_input():
         gaps.slope_of_gap(np.zeros((24, 2, 2)), asked, before.assign(mean=1.0, square=1.0))
 
 
+LABELS = ("race", ("white", "black"))
+
+
 def test_halves_and_labels_of_controls():
     names = audit.load("names")
-    train, test = audit.halves(names)
+    train, test = audit.halves(names, *LABELS)
     assert not set(train["name"]) & set(test["name"]) and len(train) == len(test) == 32
     assert (train.groupby(["race", "gender"]).size() == 8).all()
-    groups = ("white", "black")
+    groups = LABELS[1]
     swapped = audit.relabelled(names, "race", groups)
     assert (swapped["race"] != names["race"]).all()
     shuffled = [audit.relabelled(names, "race", groups, seed=s)["race"] for s in (0, 0, 1)]
@@ -141,3 +144,43 @@ def test_halves_and_labels_of_controls():
     )
     with pytest.raises(ValueError, match="unknown context 'none'; there are: purchase"):
         audit.chosen(contexts, ["none"])
+    few = names.groupby("race").head(3)
+    with pytest.raises(ValueError, match="group 'white' of 'race' has fewer than two names"):
+        audit.halves(few, *LABELS)
+    with pytest.raises(ValueError, match="group 'a' of 'race' has fewer than two names"):
+        audit.halves(names, "race", ("a", "b"))
+
+
+def test_no_variance_is_never_a_silent_zero():
+    before = gaps.moments(distributions({"u": 0.5, "v": 0.5}))
+    flat = before.assign(pruning="dead")
+    dead = flat["variation"] == "v"
+    flat.loc[dead, ["mean", "square"]] = [3.0, 9.0]
+    both = gaps.effects(flat, before)
+    row = both.mean(["pruning"]).iloc[0]
+    assert row[["gap", "directed", "removed", "removed_low", "removed_high"]].isna().all()
+    assert np.isnan(both.more(both.rows(variation="v"), [both.rows(variation="u")])).all()
+
+
+def test_a_gap_turned_around_is_no_gap_removed():
+    before, after = (gaps.moments(distributions({"v": x})) for x in (0.5, -0.6))
+    both = gaps.effects(after.assign(pruning="x"), before)
+    row = both.mean(["pruning"]).iloc[0]
+    assert both.table["removed"][0] > 1 and row["directed"] < -0.5
+    assert row["removed"] < 0 and row["removed"] == pytest.approx(
+        abs(row["directed"] + both.table["removed"][0]) - abs(row["directed"])
+    )
+
+
+def test_controls_are_a_sample_too():
+    """One of several random draws may be lucky: their spread widens the interval."""
+    before = gaps.moments(distributions({"v": 0.6}))
+    shifts = (0.0, 0.1, 0.5, 0.55)
+    drawn = [gaps.moments(distributions({"v": x})).assign(pruning=f"r{i}") for i, x in enumerate(shifts)]
+    alike = [drawn[2].assign(pruning=f"s{i}") for i in range(4)]
+    both = gaps.effects(pd.concat([before.assign(pruning="own"), *drawn, *alike]), before)
+    own = both.rows(pruning="own")
+    wide, narrow = (both.more(own, [both.rows(pruning=f"{k}{i}") for i in range(4)]) for k in "rs")
+    assert wide[2] - wide[1] > 1.5 * (narrow[2] - narrow[1])
+    expected = both.mean(["pruning"]).set_index("pruning")["removed"]
+    assert wide[0] == pytest.approx(expected["own"] - expected[["r0", "r1", "r2", "r3"]].mean())

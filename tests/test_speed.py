@@ -7,9 +7,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers
 from conftest import random_lm, word_judge
 
-from biasprune import ablate, decode, judge, measure, record, speed
+from biasprune import ablate, decode, judge, measure, record, speed, weightscores
+from biasprune import lm as lm_module
 
 PROMPTS = pd.DataFrame(
     {"prompt": ["the friend", "my neighbour is very kind", "a w3", "my w4"], "bucket": list("abab")}
@@ -104,3 +107,26 @@ def test_profile_accounts_for_all_time_and_sees_each_part():
     assert loss["layers"] > 0 and loss["unembedding"] > 0
     assert loss[["layers, token by token", "unembedding, token by token", "judge"]].sum() == 0
     assert not lm.model.get_output_embeddings()._forward_hooks  # left as it came
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weight_times_compare_equal_scores(name):
+    lm = random_lm(name)
+    of = weightscores.examples(lm, ["the friend", "a w3 is"], ["kind and", "rude"])
+    table = speed.weight_times(lm, of, [1, 3]).set_index("method")
+    assert (table["difference"].dropna() < 1e-3).all() and len(table) == 4 and (table["seconds"] > 0).all()
+    assert table["ratio"].iloc[0] == 1 and table["estimate_mib"].iloc[2] > table["estimate_mib"].iloc[1]
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_memory_by_hand():
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**shape, intermediate_size=128, vocab_size=1000)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    got = weightscores.memory(model, lm_module.anatomy(model), at_once=2, sets=3, batch_tokens=100)
+    layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128  # q and o, k and v, the MLP
+    assert got["scores"] * 2**30 == 2 * layer * 4 * 3
+    assert got["products"] * 2**30 == 4 * 64 * 128 * 4
+    assert got["logits"] * 2**30 == 100 * 1000 * 12
+    assert got["model"] * 2**30 == 2 * (3 * (layer + 2 * 64) + 64 + 2 * 1000 * 64)

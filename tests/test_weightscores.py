@@ -252,6 +252,9 @@ def test_a_selection_of_nothing_says_so(tiny):
     with pytest.warns(UserWarning, match=r"neuron: top 0.0 minus top 0.1 selects nothing"):
         (empty,) = ws.set_differences(tiny, *SETS(tiny), [(0.0, 0.1)], granularity="neuron")
     assert len(empty) == 0
+    for granularity in ws.GRANULARITIES:
+        with pytest.warns(UserWarning, match=r"top 1.0 minus top 0.0 selects everything in some layer"):
+            ws.set_differences(tiny, *SETS(tiny), [(1.0, 0.0)], granularity=granularity)
 
 
 def test_wanda_of_a_head_is_that_of_its_columns(tiny):
