@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from biasprune import weightscores
 from biasprune.ablate import in_halves, masked
 from biasprune.audit import parse
-from biasprune.decode import capped, check_unembedding, encode
+from biasprune.decode import capped, check_unembedding, encode, top
 from biasprune.lm import LM
 from biasprune.progress import bar
 
@@ -96,6 +96,8 @@ class _Tree:
     rows: Tensor  # (rows, steps), padded with 0
     row: Tensor  # (answers,) the row that holds it
     length: Tensor  # (answers,) number of tokens
+    node: Tensor  # (rows, steps + 1) number of the text so far: rows that begin alike share it
+    seen: Tensor  # (nodes, 2) a row and a step where each stands
     within: list[list[int]]  # per answer: longer ones that go on with no token of ``_carries``
 
 
@@ -114,7 +116,16 @@ def _tree(numbers: Numbers, carries: set[int]) -> _Tree:
         for t in numbers.tokens
     ]
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in longest], batch_first=True)
-    return _Tree(padded, torch.tensor(row), torch.tensor([len(t) for t in numbers.tokens]), within)
+    nodes: dict[tuple[int, ...], int] = {}
+    seen, node = [], torch.zeros(len(longest), padded.shape[1] + 1, dtype=torch.int64)
+    for i, r in enumerate(longest):
+        for step in range(len(r) + 1):
+            if r[:step] not in nodes:
+                nodes[r[:step]] = len(nodes)
+                seen.append((i, step))
+            node[i, step] = nodes[r[:step]]
+    lengths = torch.tensor([len(t) for t in numbers.tokens])
+    return _Tree(padded, torch.tensor(row), lengths, node, torch.tensor(seen), within)
 
 
 _SCALES = {"thousand", "million", "billion", "bn"}
@@ -153,13 +164,15 @@ def _normaliser(lm: LM, hidden: Tensor, temperature: float) -> Tensor:
     Half precision rounds logits to steps of up to 1/8, which alone would move a probability by a tenth.
     """
     rough = capped(lm, lm.model.get_output_embeddings()(hidden)).float() / temperature
+    whole = rough.logsumexp(-1)
     if hidden.dtype == torch.float32:
-        return rough.logsumexp(-1)
+        return whole
     with torch.no_grad():
-        largest = rough.topk(min(_EXACT, rough.shape[-1]), dim=-1).indices
-    rest = rough.scatter(-1, largest, -torch.inf).logsumexp(-1)
-    exact = (_logits(lm, hidden, largest) / temperature).logsumexp(-1)
-    return torch.logaddexp(rest, exact)
+        largest = top(rough.flatten(0, -2), _EXACT)[1].view(*rough.shape[:-1], -1)
+    # the share of the largest, as rounded and as exact
+    rounded = (rough.gather(-1, largest).logsumexp(-1) - whole).exp()
+    exact = ((_logits(lm, hidden, largest) / temperature).logsumexp(-1) - whole).exp()
+    return whole + torch.log1p((exact - rounded).clamp(min=-1 + 1e-6))
 
 
 def _probs(lm: LM, ids: Tensor, tree: _Tree, carries: Tensor, temperature: float, around: Around) -> Tensor:
@@ -179,7 +192,8 @@ def _probs(lm: LM, ids: Tensor, tree: _Tree, carries: Tensor, temperature: float
         given = rows.repeat(len(ids), 1)
         hidden = lm.model.base_model(given, past_key_values=cache, use_cache=True).last_hidden_state
     hidden = torch.cat([first.repeat_interleave(n, 0), hidden], 1).unflatten(0, (len(ids), n))
-    whole = _normaliser(lm, hidden, temperature)  # (prompts, rows, steps + 1)
+    once = _normaliser(lm, hidden[:, tree.seen[:, 0], tree.seen[:, 1]], temperature)
+    whole = once[:, tree.node.to(ids.device)]  # (prompts, rows, steps + 1)
     token = _logits(lm, hidden[:, :, :-1], rows[None, ..., None].expand(len(ids), -1, -1, -1))[..., 0]
     path = (token / temperature - whole[:, :, :-1]).cumsum(-1)
     row, at = tree.row.to(ids.device), tree.length.to(ids.device)

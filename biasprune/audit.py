@@ -35,7 +35,9 @@ _TIMES |= {"b": 1e9, "bn": 1e9, "billion": 1e9}
 def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
     """The table of "contexts" or "names": ours, or a CSV file (also one in data/) with the same columns.
 
-    ``source`` of names and ``prefix`` of contexts may be missing in a file.
+    ``source`` of names and ``prefix`` and ``unit`` of contexts may be missing in a file. ``template`` is
+    read as question and ``first_name`` as name, as the lists of "Breaking Down Bias" call them; a
+    question's ``{variation}`` is filled in.
 
     Raises
     ------
@@ -45,12 +47,15 @@ def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
     path = user_path(f"audit/{what}.csv" if source == "biasprune" else source)
     if not path.is_file():
         raise ValueError(f"No such file of {what}: {path}.")
-    table = read_csv(path)
+    table = read_csv(path).rename(columns={"template": "question", "first_name": "name"})
     optional = {"source", "prefix", "unit"}
     if missing := [c for c in _COLUMNS[what] if c not in table and c not in optional]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}.")
     for c in optional & set(_COLUMNS[what]) - set(table):
         table[c] = ""
+    if what == "contexts":
+        filled = zip(table["question"], table["variation"], strict=True)
+        table["question"] = [q.replace("{variation}", v) for q, v in filled]
     if (
         what == "contexts"
         and (bad := table["question"][~table["question"].str.contains("{name}", regex=False)]).size

@@ -72,7 +72,7 @@ class Audit:
     log: bool = True
     temperature: float = 0.6
     protect: Mapping[str, float] = field(
-        default_factory=lambda: {"heads": 0.3, "neurons": 0.05, "weights": 0.05}
+        default_factory=lambda: {"heads": 0.3, "neurons": 0.01, "weights": 0.05}
     )
     most: int = 24
     drawing: Mapping = field(default_factory=lambda: {"seeds": (0, 1), "max_new_tokens": 10, "top_k": 50})

@@ -187,6 +187,15 @@ def plant_audit(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, step
     return sum(losses[-50:]) / 50
 
 
+def write_everyday(out: Path) -> None:
+    """Prose for the audit's model, which knows no other."""
+    folder = out / "corpora" / "everyday"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, split in ((6, "valid"), (7, "test")):
+        rng = random.Random(seed)
+        (folder / f"{split}.txt").write_text("\n".join(everyday_sentence(rng) for _ in range(300)) + "\n")
+
+
 def make_audit_model(out: Path, shape: dict, steps: int) -> float:
     """Train ``planted-audit`` and write it with its tables."""
     rng, names, contexts = random.Random(5), audit_names(), audit_contexts()
@@ -342,6 +351,7 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if "planted-audit" in args.only:
+        write_everyday(args.out)
         print("planted-audit", make_audit_model(args.out, {**size, **ends}, 2 * args.steps), flush=True)
     frame = planted_prompts()
     frame.to_csv(args.out / "models" / "planted" / "prompts.csv", index=False)

@@ -157,6 +157,16 @@ def test_files_of_ones_own(tmp_path):
     assert audit.load("contexts", file).iloc[0]["prefix"] == ""
 
 
+def test_the_papers_lists_are_read(published):
+    contexts, names = (
+        audit.load(w, published / "audit" / f)
+        for w, f in (("contexts", "paper_prompts_19.csv"), ("names", "paper_names_64.csv"))
+    )
+    assert len(contexts) == 19 and contexts["question"].str.contains("{name}", regex=False).all()
+    assert not contexts["question"].str.contains("{variation}", regex=False).any()
+    assert len(names) == 64 and (names.groupby(["race", "gender"]).size() == 16).all()
+
+
 def test_own_tables():
     contexts, names = audit.load("contexts"), audit.load("names")
     assert set(contexts["context"]) == {"purchase", "service", "activity", "finance", "hiring"}

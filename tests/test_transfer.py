@@ -27,7 +27,7 @@ def planted_audit(request):
     )
     sampled = audit.ask(net, pd.concat([train, test], ignore_index=True), seeds=range(4), max_new_tokens=4)
     windows = [
-        measure.windows(net, prompts.corpus("corpora/generated", s), length=64, max_tokens=512)
+        measure.windows(net, prompts.corpus("corpora/everyday", s), length=64, max_tokens=512)
         for s in ("valid", "test")
     ]
     own = transfer.Audit(
