@@ -3,10 +3,11 @@
 Three papers on one engine: ``lm`` loads a model, ``ablate`` masks parts of it, ``decode`` samples
 from it, ``headscores`` scores every attention head, ``select`` picks the heads to prune;
 ``prompts``, ``judge`` and ``measure`` say what bias is, ``reliability`` whether scores of heads would
-come out again. ``audit`` asks the same question about people of two groups, ``answers`` reads off the
-distribution of what it would answer, ``gaps`` compares the groups, ``weightscores`` scores weights and
-neurons, ``transfer`` selects and judges. ``experiment`` turns head sets into tables, ``figures`` tables
-into figures, ``record`` keeps a run, and ``speed`` is the benchmark.
+come out again, ``published`` reads the paper's own scores. ``audit`` asks the same question about
+people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
+the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges.
+``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
+``speed`` is the benchmark.
 
 The modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
 """
@@ -16,7 +17,18 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
 _MODULES = ("ablate", "answers", "audit", "decode", "experiment", "fetch", "figures", "gaps", "headscores")
-_MODULES += ("judge", "lm", "measure", "progress", "prompts", "record", "reliability", "select", "speed")
+_MODULES += (
+    "judge",
+    "lm",
+    "measure",
+    "progress",
+    "prompts",
+    "published",
+    "record",
+    "reliability",
+    "select",
+    "speed",
+)
 _MODULES += ("transfer", "weightscores")
 
 

@@ -6,9 +6,7 @@ are noisy can't agree better than each agrees with a repetition of itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -260,25 +258,3 @@ def row(
     told = half["low"] > 0
     line["at_published_budget"] = float(spearman_brown(half["r"], budget / n_prompts)) if told else np.nan
     return line | {f"needed_{k}_seed{'s' * (k > 1)}": need[k] if told else np.nan for k in (1, 10)}
-
-
-def published_agreement(axis: str = "gender_and_sex", split: str = "valid") -> pd.DataFrame:
-    """Agreement between the seeds of the published head scores; empty if they aren't at hand.
-
-    ``BIASPRUNE_PUBLISHED`` names a folder with ``fasp-published/head_scores_*.csv``, which the authors
-    keep in their repository (chandar-lab/FASP, folder model/).
-
-    Returns
-    -------
-    DataFrame
-        scores (model), heads, r, low, high, repetitions.
-    """
-    folder = os.environ.get("BIASPRUNE_PUBLISHED")
-    rows = []
-    for path in sorted(Path(folder or "/nonexistent").glob("fasp-published/head_scores_*.csv")):
-        table = pd.read_csv(path)
-        table = table[(table["Group"] == axis) & (table["Split"] == split)]
-        wide = table.pivot_table(index="Seed", columns="Head id", values="Bias").dropna(axis=1)
-        name = path.stem.removeprefix("head_scores_").replace("_", "/", 1)
-        rows.append({"scores": f"{name} (published)", "heads": wide.shape[1], **agreement(wide.to_numpy())})
-    return pd.DataFrame(rows, columns=["scores", "heads", "r", "low", "high", "repetitions"])

@@ -74,6 +74,7 @@ from biasprune import (
     lm,
     measure,
     prompts,
+    published,
     record,
     reliability,
     speed,
@@ -410,12 +411,14 @@ ours = run.frame("reliability", lambda: pd.DataFrame([
 ours.style.hide(axis="index").format(precision=2, na_rep="–").format(precision=0, thousands=",", na_rep="–", subset=["prompts", "needed_1_seed", "needed_10_seeds"])  # fmt: skip
 
 # %%
-published = run.frame("published", reliability.published_agreement)
+theirs = run.frame("published", lambda: pd.DataFrame([
+    {"scores": f"{m} (published)", **published.seeds(published.read(m))} for m in published.models()
+]))  # fmt: skip
 display(Markdown(
     "The published scores (independent noise, three seeds, about 10,000 prompts), read from the authors' repository: mean correlation between seeds of z_bias, gender axis."
-    if len(published) else "The published scores aren't at hand (`BIASPRUNE_PUBLISHED` names no folder): this part is left out."
+    if len(theirs) else "The published scores aren't at hand (`BIASPRUNE_PUBLISHED` names no folder): this part is left out."
 ))  # fmt: skip
-published.style.hide(axis="index").format(precision=2)
+theirs.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
 # ## 8 Verdict

@@ -102,19 +102,6 @@ def test_top_overlap_against_simulated_chance():
     assert rel.top_overlap(x, x, 10)["overlap"] == 1 and rel.top_overlap(x, -x, 10)["overlap"] == 0
 
 
-def test_published_scores_hardly_agree(published):
-    """The specification's figures, to two decimals."""
-    table = rel.published_agreement().set_index("scores")["r"].round(2)
-    expected = {"gpt2": 0.22, "distilgpt2": 0.16, "EleutherAI/gpt-neo-125M": 0.44}
-    expected |= {"EleutherAI/gpt-neo-1.3B": 0.01, "meta-llama/Llama-2-7b-chat-hf": 0.01}
-    assert table.to_dict() == {f"{k} (published)": v for k, v in expected.items()}
-
-
-def test_without_the_published_scores(monkeypatch):
-    monkeypatch.delenv("BIASPRUNE_PUBLISHED", raising=False)
-    assert rel.published_agreement().empty
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
