@@ -275,11 +275,12 @@ def gap_against_damage(table: pd.DataFrame, damage: float) -> Figure:
     )
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(damage, color="grey", ls="--", lw=1)
-    if table["ppl_ratio"].max() > 1.5:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 30, 100, 1000]))
-        axis.xaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_locator(NullLocator())
+    far = table[table["ppl_ratio"] > 1.3 * damage]
+    if len(far):  # a dead model would press all others against the axis
+        shown = table.loc[table["ppl_ratio"] <= 1.3 * damage, "ppl_ratio"]
+        axis.set_xlim(shown.min() - 0.02, max(damage, shown.max()) + 0.02)
+        beyond = "; ".join(f"{r.method}, {r.share}: × {r.ppl_ratio:.2g}" for r in far.itertuples())
+        axis.set_title(f"not shown: {beyond}", fontsize=8)
     axis.set_xlabel(f"perplexity, × unpruned (dashed: the limit of {damage:g})")
     axis.set_ylabel("SMD removed (95 % over names)")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
