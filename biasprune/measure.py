@@ -305,7 +305,7 @@ def nll(
     windows: Windows,
     masks: Tensor | None = None,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     progress: str | None = None,
 ) -> np.ndarray:
     """Mean negative log-likelihood (nats per token) of every window under every mask.
