@@ -71,7 +71,7 @@ def execute(notebook: Path, values: dict, target: Path) -> int:
         if process.returncode:
             print(errors.read_text(), file=sys.stderr)
         if executed.exists():
-            _without_paths(executed)
+            _without_paths(executed, target)
     return process.returncode
 
 
@@ -92,15 +92,21 @@ def _show(process: subprocess.Popen, log: Path) -> None:
         print(f"\r{'':<102}\r", end="", file=sys.stderr)
 
 
-def _without_paths(executed: Path) -> None:
-    """Take what names paths of this machine out of an executed notebook: metadata, library warnings."""
+def _without_paths(executed: Path, target: Path) -> None:
+    """Take what names paths of this machine out of an executed notebook.
+
+    Metadata, library warnings, and the folder that holds the output folder, which papermill writes into the
+    parameters: of ``target`` the last three parts stay.
+    """
     node = nbformat.read(executed, as_version=4)
     for cell in node.cells:
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     for key in ("input_path", "output_path", "environment_variables"):
         node.metadata.get("papermill", {}).pop(key, None)
-    nbformat.write(node, executed)
+    shown = Path(*target.parts[-3:]).as_posix()
+    text = nbformat.writes(node).replace(target.as_posix(), shown)
+    record.write_text(executed, text + "\n")
 
 
 def run(names: list[str], out: Path, only: list[str]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -128,21 +129,26 @@ def _tree(numbers: Numbers, carries: set[int]) -> _Tree:
     return _Tree(padded, torch.tensor(row), lengths, node, torch.tensor(seen), within)
 
 
+_CARRIES: WeakKeyDictionary[LM, Tensor] = WeakKeyDictionary()
 _SCALES = {"thousand", "million", "billion", "bn"}
 
 
 def _carries(lm: LM) -> Tensor:
     """Tokens that make another number of the one before: digits, a comma, "k", "thousand", …
 
-    A point isn't among them: "20." and "20.00" are 20, and "20.5" nearly so.
+    A point isn't among them: "20." and "20.00" are 20, and "20.5" nearly so. The vocabulary is gone through
+    once for every model.
     """
+    if lm in _CARRIES:
+        return _CARRIES[lm]
     vocabulary, found = lm.model.get_output_embeddings().weight.shape[0], []
     for i, t in enumerate(lm.tokenizer.convert_ids_to_tokens(range(len(lm.tokenizer)))):
         if t and i < vocabulary:
             word = t.lstrip("Ġ▁ ").lower()
             if t[0] in "0123456789," or t in ("k", "K") or word in _SCALES:
                 found.append(i)
-    return torch.tensor(found, device=lm.device, dtype=torch.int64)
+    _CARRIES[lm] = torch.tensor(found, device=lm.device, dtype=torch.int64)
+    return _CARRIES[lm]
 
 
 _EXACT = 32

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from biasprune import measure
+
 QUESTION = ["context", "variation"]
 _MOMENTS = ("name", "race", "gender", "n", "mean", "square", "off")
 
@@ -168,9 +170,8 @@ def gaps(
             smd = float(_smd(*(s.sum(0) for s in of), int(sampled)))
             drawn = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), size=n_boot) @ s for s in of]
             row["smd"] = smd
+            row |= dict(zip(("low", "high"), _interval(smd, _smd(*drawn, int(sampled))), strict=True))
             if np.isfinite(smd):
-                low, high = np.nanquantile(_smd(*drawn, int(sampled)), [0.025, 0.975])
-                row |= {"low": 2 * smd - high, "high": 2 * smd - low}
                 if winsorise:
                     value = np.clip(value, *np.nanquantile(value, [winsorise, 1 - winsorise]))
                 row["emd"] = _distance([(value[s], weight[s]) for s in sides], int(sampled))
@@ -194,6 +195,14 @@ def gaps(
             }
         )
     return pd.DataFrame(rows)
+
+
+def _interval(point: float, drawn: np.ndarray) -> tuple[float, float]:
+    """``measure.interval`` of the replicates that have a value; NaN without any, or without a point."""
+    drawn = drawn[np.isfinite(drawn)]
+    if np.isnan(point) or not len(drawn):
+        return np.nan, np.nan
+    return tuple(float(x) for x in measure.interval(point, drawn))
 
 
 def _distance(sides: list[tuple[np.ndarray, np.ndarray]], ddof: int) -> float:
@@ -323,13 +332,6 @@ class Effects:
         theirs = np.stack([d for _, d in found])[which, np.arange(drawn.shape[-1])[:, None]].mean(1)
         point -= float(np.mean([x for x, _ in found]))
         return point, *_interval(point, drawn - theirs)
-
-
-def _interval(point: float, drawn: np.ndarray) -> tuple[float, float]:
-    if np.isnan(point) or np.isnan(drawn).all():
-        return np.nan, np.nan
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return 2 * point - high, 2 * point - low
 
 
 def effects(

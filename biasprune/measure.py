@@ -211,6 +211,13 @@ class Windows:
         """Number of predicted tokens per window."""
         return self.last - self.first
 
+    @property
+    def counted(self) -> Tensor:
+        """Which tokens are targets: bool (windows, length)."""
+        position = torch.arange(self.ids.shape[1])
+        first, last = (torch.from_numpy(x)[:, None] for x in (self.first, self.last))
+        return (position >= first) & (position < last)
+
 
 def windows(
     lm: LM,
@@ -275,9 +282,7 @@ def window_nll(lm: LM, windows: Windows, rows: Tensor) -> Tensor:
 
     Keeps gradients if the caller has them on; masks are the caller's.
     """
-    position = torch.arange(windows.ids.shape[1])
-    first, last = (torch.from_numpy(x)[rows, None] for x in (windows.first, windows.last))
-    counted = (position >= first) & (position < last)
+    counted = windows.counted[rows]
     return mean_nll(lm, windows.ids[rows].to(lm.device), counted.to(lm.device))
 
 

@@ -82,9 +82,7 @@ def from_ids(
 
 def prose(windows: Windows) -> Examples:
     """A text's windows as examples, such as a utility set."""
-    position = torch.arange(windows.ids.shape[1])
-    first, last = (torch.from_numpy(x)[:, None] for x in (windows.first, windows.last))
-    return Examples(ids=windows.ids, counted=(position >= first) & (position < last))
+    return Examples(ids=windows.ids, counted=windows.counted)
 
 
 def linears(lm: LM, layer: int) -> dict[str, nn.Module]:

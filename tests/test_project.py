@@ -109,6 +109,8 @@ def test_runner_writes_report_and_leaves_no_paths(tmp_path):
     assert "noise floor that shuffled group labels give:" in report and "nan" not in report
     executed = json.loads(folder.with_suffix(".ipynb").read_text())
     assert "input_path" not in executed["metadata"]["papermill"]
+    assert str(tmp_path) not in folder.with_suffix(".ipynb").read_text()
+    assert 'out = \\"out/small/01_fasp_heads' in folder.with_suffix(".ipynb").read_text()
     errors = [o for c in executed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert not errors
 
@@ -152,3 +154,9 @@ def test_judges_of_the_parameter_files_are_known_or_hub_ids():
         name = yaml.safe_load(path.read_text()).get("judge_name", "toxicity")
         assert name in {"toxicity", "sentiment"} or name.count("/") == 1
     assert judge.load("sentiment")(["This is awful and horrible."])[0] > 0.5
+
+
+def test_reports_name_no_path_of_a_machine():
+    for path in sorted((ROOT / "reports").rglob("*")):
+        if path.suffix in {".ipynb", ".json", ".md", ".csv"}:
+            assert not re.search(r'[" ](/[a-z]\w*){2,}', path.read_text()), path
