@@ -153,10 +153,12 @@ def _table(frame: pd.DataFrame) -> str:
 def report(out: Path) -> None:
     """Write ``out/README.md`` from the run records below ``out``, and the README's block of results.
 
+    The block in the README has every run's sentence and its first figure only.
+
     A notebook's record names what it is about, and the tables and figures to show, under ``results``.
     Tables ``speed`` of all runs are put together in ``out/speed.csv``.
     """
-    sections, rows, speed = [], [], []
+    sections, short, rows, speed = [], [], [], []
     for path in sorted(out.glob("*/*/run.json")):
         facts = json.loads(path.read_text())
         if facts["status"] != "done":
@@ -166,6 +168,7 @@ def report(out: Path) -> None:
         rows.append(
             {
                 "notebook": f"[{facts['notebook']}]({folder}.ipynb)",
+                "parameters": path.parent.parent.name,
                 "model": model["name"],
                 "about": facts["results"].get("about") or facts["config"].get("axis", ""),
                 "minutes": facts["results"]["minutes"],
@@ -177,16 +180,16 @@ def report(out: Path) -> None:
             }
         )
         results = facts["results"]
-        parts = [f"## {facts['notebook']}: {model['name']}", results["sentence"]]
+        parts = [f"## {facts['notebook']}: {model['name']}, {path.parent.parent.name}", results["sentence"]]
+        figures = [f"![{c}]({folder}/figures/{f}.png)" for f, c in results["figures"].items()]
+        short += [f"**{facts['notebook']}** ({path.parent.parent.name}). {results['sentence']}", *figures[:1]]
         for name, caption in results["tables"].items():
             table = pd.read_parquet(path.parent / f"{name}.parquet")
             if len(table):
                 parts += [f"{caption}:", _table(table)]
-        for name, caption in results["figures"].items():
-            parts.append(f"![{caption}]({folder}/figures/{name}.png)")
-        sections.append("\n\n".join(parts) + "\n")
+        sections.append("\n\n".join([*parts, *figures]) + "\n")
         if (path.parent / "speed.parquet").exists():
-            speed.append(pd.read_parquet(path.parent / "speed.parquet"))
+            speed.append(pd.read_parquet(path.parent / "speed.parquet").assign(run=path.parent.parent.name))
     head = (
         "Written by `python -m biasprune run`; don't edit. Every figure and number comes from the run "
         "records here. Minutes are those of the computations; loading the model comes on top."
@@ -200,8 +203,7 @@ def report(out: Path) -> None:
     record.write_text(out / "README.md", f"# Reports\n\n{head}\n\n{table}\n\n" + "\n".join(sections))
     readme = record.ROOT / "README.md"
     if out.resolve() == (record.ROOT / "reports").resolve() and readme.exists():
-        body = "\n\n".join([table, *sections]).replace("\n## ", "\n### ")
-        links = re.sub(r"\]\((?!http)", "](reports/", body)
+        links = re.sub(r"\]\((?!http)", "](reports/", "\n\n".join([table, *short]))
         start, end = "<!-- results -->", "<!-- end of results -->"
         block = re.compile(f"{start}.*{end}", re.DOTALL)
         text = readme.read_text()
