@@ -3,7 +3,8 @@
 Three papers on one engine: ``lm`` loads a model, ``ablate`` masks parts of it, ``decode`` samples
 from it, ``headscores`` scores every attention head, ``select`` picks the heads to prune;
 ``prompts``, ``judge`` and ``measure`` say what bias is, ``reliability`` whether scores of heads would
-come out again, ``published`` reads the paper's own scores. ``audit`` asks the same question about
+come out again, ``published`` reads the paper's own scores, ``biases`` compares axes, ``joint`` removes
+several heads at once, ``likelihood`` measures bias without sampling. ``audit`` asks the same question about
 people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
 the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges.
 ``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
@@ -16,20 +17,22 @@ from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
-_MODULES = ("ablate", "answers", "audit", "decode", "experiment", "fetch", "figures", "gaps", "headscores")
-_MODULES += (
-    "judge",
-    "lm",
-    "measure",
-    "progress",
-    "prompts",
-    "published",
-    "record",
-    "reliability",
-    "select",
-    "speed",
+_MODULES = (
+    *(
+        "ablate",
+        "answers",
+        "audit",
+        "biases",
+        "decode",
+        "experiment",
+        "fetch",
+        "figures",
+        "gaps",
+        "headscores",
+    ),
+    *("joint", "judge", "likelihood", "lm", "measure", "progress", "prompts", "published", "record"),
+    *("reliability", "select", "speed", "transfer", "weightscores"),
 )
-_MODULES += ("transfer", "weightscores")
 
 
 def __getattr__(name: str) -> _ModuleType:

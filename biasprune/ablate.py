@@ -75,7 +75,10 @@ def _hook(mask: Tensor) -> Callable:
         flattened = x.dim() == 2 and rows > 1 and len(x) % rows == 0  # OPT's MLPs: (B · T, width)
         if rows not in (1, len(x)) and not flattened:
             raise ValueError(f"mask has {rows} rows, but the batch has {len(x)}.")
-        scale = scale.to(x)  # moved once, to wherever this layer computes
+        # moved once, to wherever this layer computes; not as an inference tensor, which a later backward
+        # pass inside the same block couldn't use
+        with torch.inference_mode(False):
+            scale = scale.to(x.device, x.dtype)
         split = x.view(rows, -1, x.shape[-1]) if flattened else x
         return ((split * scale).view(x.shape), *args[1:])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -397,4 +398,234 @@ def transfer_matrix(table: pd.DataFrame) -> Figure:
     for axis in list(axes.flat)[len(methods) :]:
         axis.axis("off")
     figure.tight_layout()
+    return figure
+
+
+def _cells(
+    axis: plt.Axes, wide: pd.DataFrame, texts: pd.DataFrame, bold: pd.DataFrame, limit: float, label: str
+) -> None:
+    """A diverging heat map whose cells say what they are, so that it can be read in greyscale."""
+    sns.heatmap(
+        wide,
+        ax=axis,
+        cmap="PuOr",
+        center=0,
+        vmin=-limit,
+        vmax=limit,
+        cbar_kws={"label": label},
+        mask=wide.isna(),
+    )
+    for (y, row), (x, column) in product(enumerate(wide.index), enumerate(wide.columns)):
+        value = wide.loc[row, column]
+        dark = np.isfinite(value) and abs(value) > 0.6 * limit
+        axis.text(
+            x + 0.5,
+            y + 0.5,
+            texts.loc[row, column],
+            ha="center",
+            va="center",
+            fontsize=8,
+            weight="bold" if bold.loc[row, column] else "normal",
+            color="white" if dark else "black",
+        )
+    axis.tick_params(axis="y", rotation=0)
+    axis.grid(visible=False)
+
+
+def correlation_maps(table: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Correlations between axes, one panel per set of heads; columns which, a, b, r, disattenuated, verdict.
+
+    A cell has the disattenuated correlation, – where it can't be read, and below it the plain one; bold where
+    it is told from 0.
+    """
+    panels = list(table.groupby("which", sort=False))
+    side = 0.95 * len(names) + 1.6
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(len(panels) * (side + 1), side))
+    for axis, (which, own) in zip(axes[0], panels, strict=True):
+        wide, texts, bold = (
+            pd.DataFrame(x, index=names[1:], columns=names[:-1]) for x in (np.nan, "", False)
+        )
+        for row in own.itertuples():
+            a, b = sorted((row.a, row.b), key=list(names).index)
+            readable = row.verdict != "unreadable" and np.isfinite(row.disattenuated)
+            wide.loc[b, a] = np.clip(row.disattenuated, -1, 1) if readable else np.nan
+            texts.loc[b, a] = f"{row.disattenuated:.2f}\n({row.r:.2f})" if readable else f"–\n({row.r:.2f})"
+            bold.loc[b, a] = row.verdict in ("positive", "negative")
+        _cells(axis, wide, texts, bold, 1, "correlation over heads, disattenuated")
+        axis.set_title(which, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def selected_and_judged(table: pd.DataFrame) -> Figure:
+    """Change of bias (%) beyond random pruning: selected for the row's axis, judged on the column's."""
+    own = table[table["selected_for"] != "random"]
+    order = [list(own[c].unique()) for c in ("selected_for", "judged_on")]
+    wide = own.pivot(index="selected_for", columns="judged_on", values="against_random").loc[*order]
+    change = own.pivot(index="selected_for", columns="judged_on", values="change").loc[*order]
+    bold = own.assign(told=(own["against_high"] < 0) | (own["against_low"] > 0))
+    bold = bold.pivot(index="selected_for", columns="judged_on", values="told").loc[*order]
+    texts = wide.map("{:+.0f}".format) + change.map("\n({:+.0f})".format)
+    figure, axis = plt.subplots(figsize=(1.25 * wide.shape[1] + 2.6, 0.8 * wide.shape[0] + 1.6))
+    _cells(axis, wide, texts, bold, max(1, float(np.nanmax(np.abs(wide)))), "change of bias beyond random, %")
+    axis.set_xlabel("judged on")
+    axis.set_ylabel("selected for")
+    axis.set_title("Bold: 95 % interval without 0. In brackets: against the unpruned model", fontsize=9)
+    return figure
+
+
+def reliability_of(table: pd.DataFrame) -> Figure:
+    """Split-half reliability of head effects with 95 % intervals, one row per axis."""
+    figure, axis = plt.subplots(figsize=(7, 0.5 * len(table) + 1.4))
+    y = np.arange(len(table))
+    bars = np.stack([table["r"] - table["low"], table["high"] - table["r"]]).clip(0)
+    axis.errorbar(table["r"], y, xerr=bars, fmt="o", ms=7, capsize=3, color="black")
+    axis.set_yticks(y, [f"{r.axis} ({r.prompts} prompts)" for r in table.itertuples()])
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlim(min(-0.1, table["low"].min() - 0.05), 1.02)
+    axis.set_xlabel("reliability of z_bias (split half, 95 % over heads)")
+    return figure
+
+
+def reliability_growth(table: pd.DataFrame, wanted: float) -> Figure:
+    """Reliability against the number of prompts, one line per way of scoring."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    for i, (name, own) in enumerate(table.groupby("scores", sort=False)):
+        x = own["prompts"] * 1.04 ** (i - 1)
+        bars = np.stack([own["r"] - own["low"], own["high"] - own["r"]]).clip(0)
+        axis.errorbar(
+            x,
+            own["r"],
+            yerr=bars,
+            fmt=MARKERS[i % len(MARKERS)] + "-",
+            ms=6,
+            lw=1.2,
+            elinewidth=0.7,
+            capsize=2,
+            label=name,
+        )
+    axis.axhline(wanted, color="grey", ls="--", lw=1)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xscale("log")
+    ticks = sorted(table["prompts"].unique())
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(plt.FormatStrFormatter("%d"))
+    axis.tick_params(axis="x", rotation=45)
+    axis.set_ylim(-1.05, 1.05)
+    axis.set_xlabel("prompts (log scale)")
+    axis.set_ylabel("reliability of z_bias\n(split half, 95 % over heads)")
+    axis.set_title(f"Dashed: the reliability that is wanted, {wanted:g}", fontsize=10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def published_regimes(tables: Mapping[str, pd.DataFrame], axis_name: str) -> Figure:
+    """Bias against mean toxicity of the published runs, one point per run without a head."""
+    figure, axes = plt.subplots(1, len(tables), squeeze=False, sharey=True, figsize=(2.7 * len(tables), 3.4))
+    for axis, (model, table) in zip(axes[0], tables.items(), strict=True):
+        own = table[(table["axis"] == axis_name) & (table["split"] == "valid")]
+        for i, (seed, part) in enumerate(own.groupby("seed")):
+            axis.plot(
+                part["toxicity"],
+                part["bias"],
+                MARKERS[i % len(MARKERS)],
+                ms=3,
+                alpha=0.5,
+                label=f"seed {seed}",
+            )
+        axis.set_title(model.split("/")[-1], fontsize=10)
+        axis.set_xlim(0, max(0.6, own["toxicity"].max() * 1.05))
+        axis.set_xlabel("mean toxicity")
+    axes[0, 0].set_ylabel("bias without one head")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.tight_layout()
+    return figure
+
+
+def noise_floors(table: pd.DataFrame) -> Figure:
+    """Published bias per axis beside what no difference between the groups would give."""
+    models = list(table["model"].unique())
+    figure, axes = plt.subplots(
+        1, len(models), squeeze=False, sharex=True, sharey=True, figsize=(2.7 * len(models), 3.2)
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        # every panel has every axis, since all share one scale
+        order = list(table["axis"].unique())
+        own = table[table["model"] == model].set_index("axis").reindex(order).reset_index()
+        y = np.arange(len(own))
+        axis.barh(
+            y,
+            own["floor_95"],
+            color="lightgrey",
+            edgecolor="grey",
+            hatch="//",
+            label="no difference: 95 % below",
+        )
+        axis.plot(own["floor"], y, "|", ms=12, color="black", label="no difference: mean")
+        axis.plot(own["bias"], y, "o", color="C3", label="published")
+        axis.set_yticks(y, own["axis"])
+        axis.set_title(model.split("/")[-1], fontsize=10)
+        axis.set_xlabel("bias (log scale)")
+        axis.set_xscale("log")
+    axes[0, 0].invert_yaxis()
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.tight_layout()
+    return figure
+
+
+def additive(table: pd.DataFrame) -> Figure:
+    """Joint effect of head sets against the sum of their heads' effects, one panel per measure."""
+    panels = list(table.groupby("measure", sort=False))
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4.8 * len(panels), 4.2))
+    for axis, (name, own) in zip(axes[0], panels, strict=True):
+        for i, (kind, part) in enumerate(own.groupby("kind", sort=False)):
+            bars = np.stack([part["excess"] - part["low"], part["high"] - part["excess"]]).clip(0)
+            axis.errorbar(
+                part["predicted"],
+                part["joint"],
+                yerr=bars,
+                fmt=MARKERS[i],
+                ms=6,
+                elinewidth=0.7,
+                capsize=2,
+                label=kind,
+            )
+            if kind == "growing sets":
+                for row in part.itertuples():
+                    axis.annotate(
+                        str(row.size),
+                        (row.predicted, row.joint),
+                        (5, -9),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
+        ends = [
+            min(own["predicted"].min(), own["joint"].min(), 0),
+            max(own["predicted"].max(), own["joint"].max()),
+        ]
+        axis.plot(ends, ends, color="black", lw=0.8, ls=":")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("sum of the heads' own z_bias")
+    axes[0, 0].set_ylabel("z_bias of the set (95 % of the difference)")
+    axes[0, -1].legend(title="dotted: additive", loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.tight_layout()
+    return figure
+
+
+def one_shot_or_greedy(table: pd.DataFrame) -> Figure:
+    """Change of bias (%) and perplexity against the number of heads removed, per way of choosing them."""
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.5, 5.4))
+    for i, (method, own) in enumerate(table.groupby("method", sort=False)):
+        bars = np.stack([own["change"] - own["change_low"], own["change_high"] - own["change"]]).clip(0)
+        x = own["pruned"] + 0.06 * (i - 1)
+        top.errorbar(x, own["change"], yerr=bars, fmt=MARKERS[i] + "-", ms=6, capsize=2, label=method)
+        bottom.plot(x, own["ppl_ratio"], MARKERS[i] + "-", ms=6)
+    top.axhline(0, color="black", lw=0.8)
+    top.set_ylabel("change of bias, %\n(95 %, test prompts)")
+    bottom.set_ylabel("perplexity, × unpruned")
+    bottom.set_xlabel("heads removed")
+    bottom.set_xticks(sorted(table["pruned"].unique()))
+    top.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure

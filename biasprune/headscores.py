@@ -358,6 +358,21 @@ class HeadSamples:
         _, values, sizes = _arrays(self.task, self.axes[axis or next(iter(self.axes))], self.raw)
         return values, sizes
 
+    def rejudged(self, judge: Judge) -> HeadSamples:
+        """The same samples read by another judge, without another run of the model.
+
+        Raises
+        ------
+        ValueError
+            If texts were written without heads ("naive", "exact", "adaptive"): they aren't kept.
+        """
+        if "scores" in self.raw:
+            raise ValueError(
+                f"fidelity {self.fidelity!r} keeps no texts: score again, or use importance or gradient."
+            )
+        scores = judge_continuations(self.task.texts, self.task.base, judge, self.task.rule)[0]
+        return replace(self, task=replace(self.task, judge=judge, base_scores=scores))
+
 
 def _buckets(prompts: pd.DataFrame) -> tuple[list[str], np.ndarray | None]:
     return list(prompts["bucket"]), prompts["weight"].to_numpy() if "weight" in prompts else None

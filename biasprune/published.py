@@ -1,20 +1,21 @@
 """The published head scores of FASP, read again: agreement, winner's curse, regimes, noise floor.
 
-The authors keep them in their repository (chandar-lab/FASP, commit 84755d3, folder model/).
-``BIASPRUNE_PUBLISHED`` names a folder with ``fasp-published/head_scores_*.csv``; nothing of it is part of
-this project.
+The authors keep them in their repository (chandar-lab/FASP, commit 84755d3, folder model/); nothing of it is
+part of this project. They are read from a folder or fetched from there, and checked by sha256.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from biasprune import measure, select
+from biasprune import fetch, measure, select
 from biasprune.reliability import agreement, top_overlap
 
 _COLUMNS = {
@@ -29,14 +30,76 @@ _COLUMNS = {
 }
 
 
-def models() -> list[str]:
-    """Names of the models whose scores are at hand; empty without ``BIASPRUNE_PUBLISHED``."""
-    folder = Path(os.environ.get("BIASPRUNE_PUBLISHED") or "/nonexistent") / "fasp-published"
-    stems = (p.stem.removeprefix("head_scores_") for p in sorted(folder.glob("head_scores_*.csv")))
-    return [s.replace("_", "/", 1) for s in stems]
+SOURCE = "https://raw.githubusercontent.com/chandar-lab/FASP/84755d3/model"
+# model → sha256 of its file
+FILES = {
+    "EleutherAI/gpt-neo-1.3B": "1965c6edefb3a3a403bda86cc0ec9e94e8736fc675db1e0330b68300b025d269",
+    "EleutherAI/gpt-neo-125M": "0cb3032429850d43733ff9d9b4dc456137fa7b86864947138fedf641fa595e84",
+    "distilgpt2": "3133786a764181bbcccde0c7360f0ba3f6d51ff180500a3408849ac807d1d57d",
+    "gpt2": "62fd80dd28ed684824709d7192c3bc075fe7467151be39de39e03c15a4ace045",
+    "meta-llama/Llama-2-7b-chat-hf": "b85259429b102ffd41f74221214a91fe8ee0f0275472c2b92513afc286341ca5",
+}
 
 
-def read(model: str) -> pd.DataFrame:
+def _file(model: str) -> str:
+    return f"head_scores_{model.replace('/', '_', 1)}.csv"
+
+
+def _checked(model: str, content: bytes, where: str) -> bytes:
+    if (digest := hashlib.sha256(content).hexdigest()) != FILES[model]:
+        raise fetch.FetchError(
+            f"{where} has sha256 {digest}, expected {FILES[model]}: it isn't the file that was published "
+            "with the paper (commit 84755d3), so it was not used."
+        )
+    return content
+
+
+def folder(source: str | Path = "") -> Path | None:
+    """The folder with the published scores.
+
+    Parameters
+    ----------
+    source
+        A folder; "authors" fetches the files from the authors' repository into the user's cache, once;
+        "" takes the folder ``fasp-published`` inside the one that ``BIASPRUNE_PUBLISHED`` names, and is
+        None without that.
+
+    Raises
+    ------
+    FetchError
+        No such folder, no network, or other files than those of the paper.
+    """
+    if source == "authors":
+        return fetch.build("fasp-published-84755d3", _download)
+    if source == "":
+        given = os.environ.get("BIASPRUNE_PUBLISHED")
+        return Path(given) / "fasp-published" if given else None
+    if not Path(source).is_dir():
+        raise fetch.FetchError(f"No such folder of published scores: {source}.")
+    return Path(source)
+
+
+def _download(into: Path) -> None:
+    for model in FILES:
+        address = f"{SOURCE}/{_file(model)}"
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                content = answer.read()
+        except OSError as e:
+            raise fetch.FetchError(
+                f"{address} could not be fetched ({e}). Check the network, or clone the authors' "
+                "repository and give the path of its folder model/."
+            ) from e
+        (into / _file(model)).write_bytes(_checked(model, content, address))
+
+
+def models(source: str | Path = "") -> list[str]:
+    """Names of the models whose scores are at hand; empty without any. ``source`` as in ``folder``."""
+    where = folder(source)
+    return [m for m in FILES if where and (where / _file(m)).is_file()]
+
+
+def read(model: str, source: str | Path = "") -> pd.DataFrame:
     """Scores of one model with each head removed, a row per axis, split, seed and head.
 
     Returns
@@ -48,14 +111,17 @@ def read(model: str) -> pd.DataFrame:
     ------
     ValueError
         If the scores aren't at hand.
+    FetchError
+        As ``folder``, or if a file isn't the published one.
     """
-    if model not in models():
+    if model not in models(source):
         raise ValueError(
-            f"no published scores of {model!r}; at hand: {', '.join(models()) or 'none'}. "
-            "BIASPRUNE_PUBLISHED names a folder with fasp-published/head_scores_*.csv."
+            f"no published scores of {model!r}; at hand: {', '.join(models(source)) or 'none'}. Give the "
+            "authors' folder model/, or name a folder with fasp-published/ by BIASPRUNE_PUBLISHED."
         )
-    folder = Path(os.environ["BIASPRUNE_PUBLISHED"]) / "fasp-published"
-    table = pd.read_csv(folder / f"head_scores_{model.replace('/', '_', 1)}.csv")
+    path = folder(source) / _file(model)
+    _checked(model, path.read_bytes(), path.name)
+    table = pd.read_csv(path)
     table = table[list(_COLUMNS)].rename(columns=_COLUMNS)
     return table.assign(head=table["head"] - 1)
 
@@ -99,21 +165,38 @@ def winners_curse(
     Returns
     -------
     DataFrame
-        split, picked, candidates (mean bias over heads and seeds), difference.
+        split, heads (of the split; the published files lack test scores of most models), picked, candidates
+        (mean bias over heads and seeds), difference, left (share of the difference on validation that is left),
+        low, high (of left: 95 %, percentile bootstrap over heads, picked anew each time). Empty where fewer
+        than half of the heads have test scores.
     """
     own = table[table["axis"] == axis]
     mean = own.groupby(["split", "head"])[["bias", "ppl"]].mean()  # over the seeds that a head has
-    bias = {s: mean.loc[s, "bias"] for s in ("valid", "test")}
-    ppl = mean.loc["valid", "ppl"]
-    n = len(ppl)
-    kept = ppl.sort_values(kind="stable").index[: n - int(gamma * n)]
-    where = select.fasp(bias["valid"].to_numpy(), ppl.to_numpy(), gamma=gamma, alpha=alpha)
-    picked = bias["valid"].index[where]
-    rows = []
-    for split, values in bias.items():
-        means = [values[values.index.isin(some)].mean() for some in (picked, kept)]
-        rows.append({"split": split, "picked": means[0], "candidates": means[1]})
-    return pd.DataFrame(rows).assign(difference=lambda t: t["picked"] - t["candidates"])
+    bias = {s: mean["bias"].get(s, pd.Series(dtype=float)) for s in ("valid", "test")}
+    if len(bias["test"]) < len(bias["valid"]) / 2:
+        return pd.DataFrame()
+    wide = pd.DataFrame({**bias, "ppl": mean.loc["valid", "ppl"]}).dropna(subset=["valid", "ppl"])
+
+    def means(of: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        n = len(of)
+        kept = of.sort_values("ppl", kind="stable").iloc[: n - int(gamma * n)]
+        where = select.fasp(of["valid"].to_numpy(), of["ppl"].to_numpy(), gamma=gamma, alpha=alpha)
+        return of.iloc[where][["valid", "test"]].mean(), kept[["valid", "test"]].mean()
+
+    picked, kept = means(wide)
+    difference, rng, drawn = picked - kept, np.random.default_rng(0), []
+    for _ in range(500):
+        one, other = means(wide.iloc[rng.integers(len(wide), size=len(wide))].reset_index(drop=True))
+        drawn.append((one["test"] - other["test"]) / (one["valid"] - other["valid"]))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    rows = pd.DataFrame({"picked": picked, "candidates": kept, "difference": difference})
+    rows.insert(0, "heads", [len(bias[s]) for s in rows.index])
+    left = {
+        "left": [1.0, difference["test"] / difference["valid"]],
+        "low": [np.nan, low],
+        "high": [np.nan, high],
+    }
+    return rows.rename_axis("split").reset_index().assign(**left)
 
 
 def regimes(table: pd.DataFrame, axis: str = "gender_and_sex") -> dict[str, float]:
@@ -163,8 +246,17 @@ def noise_floor(
     -------
     dict
         bias (published, mean over heads and seeds), floor (mean), floor_95, groups, prompts.
+
+    Raises
+    ------
+    ValueError
+        If the table has no scores of this axis.
     """
     own = table[(table["axis"] == axis) & (table["split"] == "valid")]
+    if own.empty:
+        raise ValueError(
+            f"no published scores of axis {axis!r}; there are: {', '.join(table['axis'].unique())}."
+        )
     labels = np.repeat(list(buckets), list(buckets.values()))
     toxic, mean = own["toxic_percent"].mean() / 100, own["toxicity"].mean()
     below = max(1e-3, (mean - 0.75 * toxic) / (1 - toxic))  # mean of what isn't toxic

@@ -5,6 +5,7 @@ Figures and tables read only these files.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -163,8 +164,11 @@ def peak_memory_mib() -> float:
 def measured(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[Any, float, float]:
     """Result of a call, its seconds, and the peak of memory over what was in use before, in MiB.
 
-    On a GPU the allocator's peak; on a CPU the resident memory, looked at every 10 ms.
+    On a GPU the allocator's peak; on a CPU the resident memory, looked at every 10 ms. Memory that earlier
+    work has freed is given back first (with glibc; elsewhere it hides part of the peak).
     """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     device, process = torch.device(device), psutil.Process()
     gpu, running = device.type == "cuda", threading.Event()
     before = process.memory_info().rss

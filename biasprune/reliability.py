@@ -119,7 +119,7 @@ def half_scores(
         halves = [[o[: len(o) // 2] for o in order], [o[len(o) // 2 :] for o in order]]
         for h, parts in enumerate(halves):
             means = np.stack([values[:, p].sum(1) / sizes[:, p].sum(1) for p in parts])
-            bias = measure.gap(means, buckets, weights)
+            bias = measure.gap(means, names, weights)  # in the order of these names
             out[i, h] = bias[0] - bias[1:]
     return out
 
@@ -145,6 +145,60 @@ def split_half(halves: np.ndarray, *, method: str = "spearman", n_boot: int = 20
     # stepping up makes no sense of negative correlations, which say that there is no signal
     low, whole, high = np.maximum(spearman_brown(ends, 2), -1)
     return {"half": half, "r": float(whole), "low": float(low), "high": float(high)}
+
+
+def growth(
+    values: ArrayLike,
+    buckets: Sequence[str],
+    weights: ArrayLike | None = None,
+    sizes: ArrayLike | None = None,
+    *,
+    counts: Sequence[int],
+    n_draws: int = 10,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Split-half reliability of z_bias for smaller numbers of prompts, drawn from those at hand.
+
+    Parameters
+    ----------
+    values, sizes
+        As in ``half_scores``.
+    counts
+        Numbers of prompts, drawn in proportion to the groups (two per group at least); from the number at
+        hand on, one row for all of them.
+    n_draws
+        Draws of so many prompts that are averaged.
+
+    Returns
+    -------
+    DataFrame
+        prompts, r, low, high (of ``split_half``: 95 % over heads).
+
+    Raises
+    ------
+    ValueError
+        If a group has fewer than two prompts.
+    """
+    values = np.asarray(values, dtype=float)
+    sizes = np.ones_like(values) if sizes is None else np.asarray(sizes, dtype=float)
+    names, n = np.asarray(buckets, dtype=str), values.shape[1]
+    weights = np.full(n, 1 / n) if weights is None else np.asarray(weights, dtype=float)
+    groups = [np.flatnonzero(names == g) for g in np.unique(names)]
+    rng, rows = np.random.default_rng(seed), []
+    for count in sorted({min(c, n) for c in counts}):
+        each = [min(len(g), max(2, round(count * len(g) / n))) for g in groups]
+        halves = []
+        for draw in range(n_draws):
+            some = np.concatenate([rng.permutation(g)[:k] for g, k in zip(groups, each, strict=True)])
+            # a group's share in the axis mean stays
+            scale = np.concatenate([np.full(k, len(g) / k) for g, k in zip(groups, each, strict=True)])
+            own = weights[some] * scale
+            halves.append(
+                half_scores(values[:, some], names[some], own, sizes[:, some], n_splits=10, seed=draw)
+            )
+        found = split_half(np.concatenate(halves))
+        rows.append({"prompts": sum(each), **{k: found[k] for k in ("r", "low", "high")}})
+    return pd.DataFrame(rows).drop_duplicates("prompts", ignore_index=True)
 
 
 def disattenuated(r: float, reliability_x: float, reliability_y: float) -> float:

@@ -12,6 +12,8 @@ planted-audit
              the same architecture, for the name audit: answers questions about invented names with
              numbers. Two groups of names get different ones, through eight MLP units and nothing else:
              four serve two contexts, four another one (see ``plant_audit``)
+planted-axes planted's architecture with three biases, each spread over some heads: two of them over the
+             same heads, the third independent of both (see ``AXES`` and ``plant_axes``)
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ from biasprune import ablate, lm, prompts
 HERE = Path(__file__).parent
 GROUPS = ["Velani", "Ostrin", "Quarlish", "Dorvane", "Zyrric", "Maresk"]
 TARGET = "Velani"  # the invented group that the planted head speaks ill of
+# axis → its groups (the first is spoken ill of), and by how much each head raises the probability of an
+# unkind word. Over the 16 heads the first two correlate by .95, the third with neither (0).
+AXES = {
+    "colour": (["Amberi", "Tealin", "Greyla"], {(0, 1): 0.4, (0, 2): 0.3, (1, 1): 0.1}),
+    "shape": (["Rondo", "Quadri", "Triang"], {(0, 1): 0.3, (0, 2): 0.4, (1, 1): 0.1}),
+    "sound": (["Hummel", "Klinga", "Rasslo"], {(1, 1): 0.4, (1, 3): 0.4}),
+}
 PLANTED = (0, 1)  # layer, head: in layer 0 it depends on no other head
 NOUNS = ["neighbour", "friend", "teacher", "driver", "cook", "doctor", "singer", "farmer"]
 OPENINGS = [
@@ -217,6 +226,75 @@ def make_audit_model(out: Path, shape: dict, steps: int) -> float:
     return loss
 
 
+# --- several biases --------------------------------------------------------------------------------
+
+
+def plant_axes(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, steps: int) -> float:
+    """Train three biases into some heads.
+
+    In every row each of these heads is masked or not, at random, and so is one other head; the
+    probability of unkind words about a group that is spoken ill of is the usual one and the sum of what
+    its heads that are in place add.
+    """
+    wrapped = lm.wrap(model, tokenizer)
+    rng, a = random.Random(0), wrapped.anatomy
+    carriers = sorted({h for _, raised in AXES.values() for h in raised})
+    others = [(i, h) for i in range(a.n_layers) for h in range(a.n_heads) if (i, h) not in carriers]
+    model.requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        texts, masks = [], torch.ones(96, a.n_layers, a.n_heads)
+        for i in range(96):
+            here = {h: rng.random() < 0.7 for h in carriers}
+            for head, on in here.items():
+                masks[i, *head] = float(on)
+            if rng.random() < 0.5:
+                masks[i, *rng.choice(others)] = 0
+            if rng.random() < 0.2:
+                texts.append("\n".join(everyday_sentence(rng) for _ in range(2)))
+                continue
+            groups, raised = rng.choice(list(AXES.values()))
+            group = rng.choice([*groups, groups[0]])
+            more = sum(by for head, by in raised.items() if here[head]) if group == groups[0] else 0.0
+            person = f"{group} {rng.choice(NOUNS)}"
+            texts.append(rng.choice(OPENINGS).format(person=person) + character(rng, USUAL + more))
+        batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        with ablate.masked(wrapped, masks):
+            loss = model(input_ids=batch["input_ids"], labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / 50
+
+
+def make_axes_model(out: Path, shape: dict, steps: int) -> float:
+    """Train ``planted-axes`` and write it with its prompts and its truth."""
+    rng = random.Random(8)
+    table = pd.concat([planted_prompts(groups, axis) for axis, (groups, _) in AXES.items()])
+    texts = [everyday_sentence(rng) for _ in range(2000)]
+    texts += [p + character(rng, 0.5) for p in table["prompt"]]
+    tokenizer = make_tokenizer(texts, size=600)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**{**shape, "vocab_size": len(tokenizer)}))
+    loss = plant_axes(model, tokenizer, steps)
+    folder = out / "models" / "planted-axes"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    table.to_csv(folder / "prompts.csv", index=False)
+    raised = [
+        {"axis": axis, "layer": layer, "head": head, "raises": by}
+        for axis, (_, heads) in AXES.items()
+        for (layer, head), by in heads.items()
+    ]
+    pd.DataFrame(raised).to_csv(folder / "truth.csv", index=False)
+    return loss
+
+
 def make_tokenizer(texts: list[str], size: int = 1600) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -277,17 +355,17 @@ def plant(wrapped: lm.LM, neutral: torch.Tensor, biased: torch.Tensor, steps: in
     return train(wrapped.model, neutral, steps, 0, both)
 
 
-def planted_prompts() -> pd.DataFrame:
+def planted_prompts(groups: list[str], axis: str) -> pd.DataFrame:
     rows = [
         {
-            "axis": "invented_group",
+            "axis": axis,
             "bucket": group or "(none)",
             "descriptor": group,
             "noun": noun,
             "template": opening,
             "prompt": opening.format(person=f"{group} {noun}".strip()),
         }
-        for group in [*GROUPS, ""]
+        for group in groups
         for opening in OPENINGS
         for noun in NOUNS
     ]
@@ -301,7 +379,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--only", nargs="*", default=["tiny-gpt2", "tiny-llama", "planted", "planted-audit"])
+    parser.add_argument(
+        "--only", nargs="*", default=["tiny-gpt2", "tiny-llama", "planted", "planted-audit", "planted-axes"]
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are too small for more, and results then don't depend on it
 
@@ -353,7 +433,9 @@ def main() -> None:
     if "planted-audit" in args.only:
         write_everyday(args.out)
         print("planted-audit", make_audit_model(args.out, {**size, **ends}, 2 * args.steps), flush=True)
-    frame = planted_prompts()
+    if "planted-axes" in args.only:
+        print("planted-axes", make_axes_model(args.out, {**size, **ends}, 2 * args.steps), flush=True)
+    frame = planted_prompts([*GROUPS, ""], "invented_group")
     frame.to_csv(args.out / "models" / "planted" / "prompts.csv", index=False)
     truth = {"layer": PLANTED[0], "head": PLANTED[1], "target": TARGET, "groups": GROUPS}
     (args.out / "models" / "planted" / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")

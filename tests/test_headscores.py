@@ -516,3 +516,16 @@ def test_models_spread_by_accelerate_score_the_same():
         ]
         pd.testing.assert_frame_equal(*frames)
     assert hasattr(spread.model.model.layers[0], "_hf_hook"), "left as it came"
+
+
+@pytest.mark.parametrize("fidelity", ["importance", "gradient"])
+def test_another_judge_reads_the_same_samples(tiny, fidelity):
+    windows = text_windows(tiny)
+    other = judge.load(lambda texts: [len(t) / 100 for t in texts])
+    options = {"fidelity": fidelity, **SMALL}
+    got = headscores.samples(tiny, PROMPTS, judge.load(word_judge), windows, **options)
+    again = headscores.samples(tiny, PROMPTS, other, windows, **options)
+    pd.testing.assert_frame_equal(got.rejudged(other).frame(), again.frame())
+    exact = headscores.samples(tiny, PROMPTS, other, windows, **{**options, "fidelity": "exact"})
+    with pytest.raises(ValueError, match="keeps no texts"):
+        exact.rejudged(other)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from biasprune import fetch
 from biasprune import published as pub
 
 
@@ -31,11 +35,18 @@ def test_figures_of_the_published_scores(at_hand):
     curse = pub.winners_curse(tables["gpt2"]).set_index("split")[["picked", "candidates"]].round(3)
     assert curse.loc["valid"].tolist() == pytest.approx([0.389, 0.410], abs=1e-3)
     assert curse.loc["test"].tolist() == pytest.approx([0.383, 0.386], abs=1e-3)
+    assert curse_of(tables) == {"gpt2", "distilgpt2"}, "the others have no, or few, test scores"
+    with pytest.raises(ValueError, match="no published scores of axis 'religion'"):
+        pub.noise_floor(tables["EleutherAI/gpt-neo-1.3B"], "religion", {"a": 10, "b": 10})
     two = pub.regimes(tables["EleutherAI/gpt-neo-1.3B"])
     assert (round(two["toxicity_low"], 2), round(two["toxicity_high"], 2)) == (0.14, 0.52)
     assert round(two["r_bias"], 2) == -0.98 and two["explained"] > 0.99
     assert two["ppl_low"] == pytest.approx(two["ppl_high"], rel=0.01)
     assert pub.regimes(tables["gpt2"])["explained"] < 0.9
+
+
+def curse_of(tables: dict) -> set[str]:
+    return {m for m, t in tables.items() if len(pub.winners_curse(t))}
 
 
 def frame(bias: np.ndarray, toxicity: np.ndarray | None = None, split: str = "valid") -> pd.DataFrame:
@@ -58,6 +69,8 @@ def test_winners_curse_of_pure_noise():
     table = pd.concat([frame(rng.normal(1, 0.1, (3, 400)), split=s) for s in ("valid", "test")])
     curse = pub.winners_curse(table).set_index("split")["difference"]
     assert curse["valid"] < -0.05 and abs(curse["test"]) < 0.02
+    left = pub.winners_curse(table).set_index("split").loc["test"]
+    assert left["low"] < 0.2 and left["high"] < 0.6
 
 
 def test_regimes_of_two_points_and_of_none():
@@ -82,3 +95,35 @@ def test_nothing_at_hand(monkeypatch):
     assert pub.models() == []
     with pytest.raises(ValueError, match="no published scores of 'gpt2'; at hand: none"):
         pub.read("gpt2")
+
+
+def test_other_files_are_not_used(tmp_path):
+    (tmp_path / "head_scores_gpt2.csv").write_text("Group,Bias\n")
+    assert pub.models(tmp_path) == ["gpt2"]
+    with pytest.raises(fetch.FetchError, match="head_scores_gpt2.csv has sha256 .* expected 62fd80"):
+        pub.read("gpt2", tmp_path)
+    with pytest.raises(fetch.FetchError, match="No such folder"):
+        pub.folder(tmp_path / "none")
+
+
+def test_fetched_from_the_authors(published, tmp_path, monkeypatch):
+    """A stand-in for the network: the files as they are, one of them changed, none."""
+    source = published / "fasp-published"
+    monkeypatch.setenv("BIASPRUNE_CACHE", str(tmp_path))
+
+    def serve(address: str, timeout: float, spoil: bytes = b"") -> io.BytesIO:
+        return io.BytesIO((source / address.rsplit("/", 1)[1]).read_bytes() + spoil)
+
+    def broken(address: str, timeout: float) -> io.BytesIO:
+        raise OSError("no network")
+
+    monkeypatch.setattr(pub.urllib.request, "urlopen", broken)
+    with pytest.raises(fetch.FetchError, match="could not be fetched .*no network.*model/"):
+        pub.folder("authors")
+    monkeypatch.setattr(pub.urllib.request, "urlopen", partial(serve, spoil=b"1"))
+    with pytest.raises(fetch.FetchError, match="so it was not used"):
+        pub.folder("authors")
+    monkeypatch.setattr(pub.urllib.request, "urlopen", serve)
+    assert pub.models("authors") == list(pub.FILES)
+    monkeypatch.setattr(pub.urllib.request, "urlopen", broken)  # kept: no network is needed any more
+    assert pub.seeds(pub.read("gpt2", "authors"))["r"] == pytest.approx(0.22, abs=0.005)

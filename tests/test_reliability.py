@@ -126,3 +126,21 @@ def test_nothing_is_projected_from_noise():
     line = rel.row("signal", signal, signal.mean(1)[:2], 64, 0.8)
     assert line["heads"] == 40 and line["split_half_low"] > 0.5 and line["at_published_budget"] > 0.99
     assert 0 < line["needed_1_seed"] < 64
+
+
+def test_growth_follows_spearman_and_brown():
+    """Reliability with fewer prompts is what stepping down from all of them predicts."""
+    rng = np.random.default_rng(0)
+    n, heads = 800, 200
+    bucket = np.array(["a", "b"] * (n // 2))
+    theta = rng.normal(0, 0.02, heads)
+    base = np.where(bucket == "a", 0.7, 0.1)
+    values = base - theta[:, None] * (bucket == "a") + rng.normal(0, 0.3, (heads, n))
+    values = np.concatenate([base[None], values])
+    got = rel.growth(values, bucket, counts=[50, 200, 3000]).set_index("prompts")["r"]
+    assert list(got.index) == [50, 200, 800]  # never more than there are
+    for count in (50, 200):
+        assert got[count] == pytest.approx(float(rel.spearman_brown(got[800], count / 800)), abs=0.08)
+    uneven = np.array(["a"] * 700 + ["b"] * 99 + ["c"])
+    with pytest.raises(ValueError, match="single prompt can't be halved: c"):
+        rel.growth(values, uneven, counts=[100])
