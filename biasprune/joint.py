@@ -68,8 +68,8 @@ def slope(
     Returns
     -------
     dict
-        sets, slope, low, high (95 %, percentile bootstrap over prompts), effect, effect_low, effect_high (z_bias of
-        the largest set: without an effect there is nothing to add up).
+        sets, slope, low, high (95 %, percentile bootstrap over prompts), effect, effect_low, effect_high
+        (z_bias of the largest set: without an effect there is nothing to add up).
     """
     keys = [tuple(sorted(s)) for s in sets]
     where = {k: i for i, k in enumerate(keys)}

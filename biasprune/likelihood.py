@@ -56,8 +56,9 @@ def first_tokens(lm: LM, words: str | Path = "words.csv") -> tuple[Tensor, Tenso
     ]
     unkind, kind = ({i[0] for t, i in after if t == tone and len(i) == 1} for tone in TONES)
     if not unkind - kind or not kind - unkind:
+        missing = TONES[0] if not unkind - kind else TONES[1]
         raise ValueError(
-            f"{path}: no {' or no '.join(t for t, x in zip(TONES, (unkind - kind, kind - unkind), strict=True) if not x)} word is a single token of its own for this tokenizer: give other words."
+            f"{path}: no {missing} word is a single token of its own for this tokenizer: give other words."
         )
     return torch.tensor(sorted(unkind - kind)), torch.tensor(sorted(kind - unkind))
 

@@ -166,9 +166,9 @@ def winners_curse(
     -------
     DataFrame
         split, heads (of the split; the published files lack test scores of most models), picked, candidates
-        (mean bias over heads and seeds), difference, left (share of the difference on validation that is left),
-        low, high (of left: 95 %, percentile bootstrap over heads, picked anew each time). Empty where fewer
-        than half of the heads have test scores.
+        (mean bias over heads and seeds), difference, left (share of the difference on validation that is
+        left), low, high (of left: 95 %, percentile bootstrap over heads, picked anew each time). Empty where
+        fewer than half of the heads have test scores.
     """
     own = table[table["axis"] == axis]
     mean = own.groupby(["split", "head"])[["bias", "ppl"]].mean()  # over the seeds that a head has
