@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,12 @@ def execute(notebook: Path, values: dict, target: Path) -> int:
         for attempt in (1, 2):
             with errors.open("w") as e:
                 process = subprocess.Popen(command, stderr=e, env=environment)
-                _show(process, log)
+                try:
+                    _show(process, log)
+                finally:  # stopped: the notebook stops too, and its kernel with it
+                    if process.poll() is None:
+                        process.terminate()
+                        process.wait()
             # the one failure that a second try mends: another process took the kernel's port
             if process.returncode == 0 or "Address already in use" not in errors.read_text() or attempt == 2:
                 break
@@ -211,6 +217,7 @@ def report(out: Path) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(prog="biasprune", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="execute notebooks with parameter files")

@@ -629,3 +629,53 @@ def one_shot_or_greedy(table: pd.DataFrame) -> Figure:
     bottom.set_xticks(sorted(table["pruned"].unique()))
     top.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
+
+
+def interventions(table: pd.DataFrame, floors: pd.Series) -> Figure:
+    """Bias of every setting, with the 95 % interval of its difference to the plain model, and accuracy."""
+    panels = list(table.groupby("data_name", sort=False))
+    height = 0.36 * table["setting"].nunique() + 1.5
+    figure, axes = plt.subplots(
+        len(panels), 2, squeeze=False, sharey="row", figsize=(11, height * len(panels)), width_ratios=(2, 1)
+    )
+    for (left, right), (name, own) in zip(axes, panels, strict=True):
+        y, value = np.arange(len(own)), own["rms"]
+        reach = np.stack([own["effect"] - own["low"], own["high"] - own["effect"]])
+        left.errorbar(value, y, xerr=reach, fmt="o", ms=6, capsize=3, color="black")
+        left.axvline(value.iloc[0], color="black", lw=0.8, ls=":")
+        left.axvline(floors[name], color="grey", lw=1, ls="--")
+        left.set_yticks(y, own["setting"])
+        left.set_title(f"{name} (dotted: plain model, dashed: no gap at all)", fontsize=10)
+        left.set_xlabel(
+            "gap between women's and men's true positive rates\n(rms over classes; 95 % of the effect)"
+        )
+        right.plot(own["accuracy"], y, "s", color="black", ms=6)
+        right.set_xlabel("accuracy")
+        right.set_xlim(0, 1)
+    axes[0, 0].invert_yaxis()
+    for row in axes[1:]:
+        row[0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def bias_against_strength(cells: pd.DataFrame, slight: float) -> Figure:
+    """Bias against λ, a line per intervention on the model, seeds as points."""
+    own = cells[cells["data"].isin(["none", "co-occurrence"])]
+    own = own.groupby("upstream", sort=False).filter(lambda g: g["strength"].nunique() > 1)
+    panels = list(own.groupby("data_name", sort=False))
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4.2))
+    for axis, (name, part) in zip(axes[0], panels, strict=True):
+        for i, (upstream, some) in enumerate(part.groupby("upstream", sort=False)):
+            mean = some.groupby("strength")["rms"].mean()
+            axis.plot(mean.index, mean, MARKERS[i] + "-", ms=7, label=upstream)
+            axis.plot(some["strength"], some["rms"], MARKERS[i], ms=4, mfc="none", color=f"C{i}")
+        axis.axhline(part["rms_floor"].mean(), color="grey", lw=1, ls="--")
+        axis.axvspan(0, slight, color="grey", alpha=0.15, lw=0)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("λ: 0 as observed, 1 equal shares (grey: slight)")
+        axis.set_ylim(0)
+    axes[0, 0].set_ylabel("gap (rms over classes)")
+    axes[0, -1].legend(title="dashed: no gap at all", loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.tight_layout()
+    return figure

@@ -12,6 +12,8 @@ planted-audit
              the same architecture, for the name audit: answers questions about invented names with
              numbers. Two groups of names get different ones, through eight MLP units and nothing else:
              four serve two contexts, four another one (see ``plant_audit``)
+tiny-bert    an encoder, 2 layers × 4 heads, that fills gaps in generated biographies (other ones than those
+             that are classified)
 planted-axes planted's architecture with three biases, each spread over some heads: two of them over the
              same heads, the third independent of both (see ``AXES`` and ``plant_axes``)
 """
@@ -26,8 +28,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    DataCollatorForLanguageModeling,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -35,7 +41,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from biasprune import ablate, lm, prompts
+from biasprune import ablate, downstream, lm, prompts
 
 HERE = Path(__file__).parent
 GROUPS = ["Velani", "Ostrin", "Quarlish", "Dorvane", "Zyrric", "Maresk"]
@@ -295,6 +301,52 @@ def make_axes_model(out: Path, shape: dict, steps: int) -> float:
     return loss
 
 
+# --- an encoder -----------------------------------------------------------------------------------
+
+
+def make_encoder(out: Path, steps: int) -> float:
+    """Train ``tiny-bert`` to fill gaps, and write it."""
+    texts = list(downstream.biographies(6000, seed=999)["text"])
+    own = BertTokenizerFast(tokenizer_object=word_pieces(texts), do_lower_case=True, model_max_length=128)
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = BertConfig(
+        vocab_size=len(own), max_position_embeddings=128, pad_token_id=own.pad_token_id, **size
+    )
+    model = BertForMaskedLM(config)
+    collate = DataCollatorForLanguageModeling(own, mlm_probability=0.2)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    rows, rng, losses = own(texts, truncation=True)["input_ids"], random.Random(0), []
+    for _ in range(steps):
+        batch = collate([{"input_ids": rows[rng.randrange(len(rows))]} for _ in range(32)])
+        loss = model(**batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    folder = out / "models" / "tiny-bert"
+    model.save_pretrained(folder)
+    own.save_pretrained(folder)
+    return sum(losses[-50:]) / 50
+
+
+def word_pieces(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
 def make_tokenizer(texts: list[str], size: int = 1600) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -380,7 +432,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument(
-        "--only", nargs="*", default=["tiny-gpt2", "tiny-llama", "planted", "planted-audit", "planted-axes"]
+        "--only",
+        nargs="*",
+        default=["tiny-gpt2", "tiny-llama", "planted", "planted-audit", "planted-axes", "tiny-bert"],
     )
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are too small for more, and results then don't depend on it
@@ -435,6 +489,8 @@ def main() -> None:
         print("planted-audit", make_audit_model(args.out, {**size, **ends}, 2 * args.steps), flush=True)
     if "planted-axes" in args.only:
         print("planted-axes", make_axes_model(args.out, {**size, **ends}, 2 * args.steps), flush=True)
+    if "tiny-bert" in args.only:
+        print("tiny-bert", make_encoder(args.out, 2 * args.steps), flush=True)
     frame = planted_prompts([*GROUPS, ""], "invented_group")
     frame.to_csv(args.out / "models" / "planted" / "prompts.csv", index=False)
     truth = {"layer": PLANTED[0], "head": PLANTED[1], "target": TARGET, "groups": GROUPS}

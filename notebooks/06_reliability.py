@@ -191,7 +191,9 @@ split.style.hide(axis="index").format(precision=2)
 # ## 2 Our own scores: how reliability grows
 # Split half: the correlation of head effects in two halves of the prompts, stepped up to all of them. Texts written without each head,
 # with the same sampling noise for all heads (coupled) or noise of their own (independent, as published); the cheap estimate, for all heads and
-# for those of the texts. Reliability depends on how much heads differ: only lines with the same heads compare.
+# for those of the texts. Reliability depends on how much heads differ: only lines with the same heads compare. A reliability that *falls* with more
+# prompts is a warning: where groups don't differ, a head that makes all texts vary more raises the noise in both halves alike, and this agreement fades
+# as the noise does (section 3 says whether there is bias to have an effect on).
 
 
 # %%
@@ -418,7 +420,8 @@ verdicts = run.frame("verdicts", lambda: pd.DataFrame(rows))
 verdicts.style.hide(axis="index").format(precision=2, na_rep="–")
 
 # %%
-told_by = {n: (f"{r['needed']:,.0f}" if np.isfinite(r["needed"]) else "can't be told, since nothing in these scores comes out again") for n, r in own.iterrows()}  # fmt: skip
+seen = reads.set_index("measure")["p"] < 0.05
+told_by = {n: (f"{r['needed']:,.0f}" if np.isfinite(r["needed"]) else "can't be told, since nothing in these scores comes out again") + ("" if seen[n] else " (but it sees no bias here)") for n, r in own.iterrows()}  # fmt: skip
 added_up = "; ".join(f"{r.slope:.2f} by {r.measure}" for r in adds.itertuples())
 guide = f"""
 **A guide, from this run** ({model}, {axis}; another model may need more or less).

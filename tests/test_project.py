@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -113,6 +115,20 @@ def test_runner_writes_report_and_leaves_no_paths(tmp_path):
     assert 'out = \\"out/small/01_fasp_heads' in folder.with_suffix(".ipynb").read_text()
     errors = [o for c in executed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert not errors
+
+
+def test_a_stopped_run_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "biasprune", "run", "--params", "tiny-llama", "--out", str(tmp_path)]
+    run = subprocess.Popen([*command, "--notebook", "01_fasp_heads"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    began, started = time.monotonic(), []
+    while len(started) < 2 and time.monotonic() - began < 60:  # papermill, and the kernel
+        time.sleep(0.2)
+        started = psutil.Process(run.pid).children(recursive=True)
+    assert len(started) >= 2
+    run.terminate()
+    assert run.wait(20) == 143
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
 
 
 def test_a_failing_notebook_is_kept_and_counted(tmp_path):

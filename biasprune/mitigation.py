@@ -1,0 +1,331 @@
+"""The downstream grid: settings × seeds, what every intervention does, and the claims of the two papers.
+
+Claims of Baksi et al. 2024 (arXiv 2408.00612) and, against one of them, of Steed et al., ACL 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import statsmodels.formula.api as smf
+from scipy import stats
+
+from biasprune.classify import UPSTREAM, Setting, rates, summary
+from biasprune.downstream import co_occurrence, rebalanced, scrubbed
+
+MODEL, DATA = "model (intrinsic, upstream)", "data (share, data)"
+
+
+def settings(
+    upstreams: Sequence[str],
+    data: Sequence[str],
+    strengths: Sequence[float],
+    scales: Sequence[float],
+    crossed: Sequence[str] = ("randomized",),
+) -> list[Setting]:
+    """Every intervention on the model with the data as they are, and the plain model with all data.
+
+    Parameters
+    ----------
+    data
+        "scrubbed", "rebalanced".
+    strengths
+        λ of "co-occurrence".
+    scales
+        Of "perturbed".
+    crossed
+        Further interventions on the model that are combined with all ``strengths``.
+
+    Raises
+    ------
+    ValueError
+        An unknown intervention, or no "pretrained" to compare with.
+    """
+    known = {"scrubbed", "rebalanced"}
+    if "pretrained" not in upstreams:
+        raise ValueError("the grid needs upstream 'pretrained', which all others are compared with.")
+    if unknown := [u for u in [*upstreams, *crossed] if u not in UPSTREAM]:
+        raise ValueError(f"unknown intervention {unknown[0]!r}; there are: {', '.join(UPSTREAM)}.")
+    if unknown := [d for d in data if d not in known]:
+        raise ValueError(f"unknown data intervention {unknown[0]!r}; there are: {', '.join(sorted(known))}.")
+    found = []
+    for u in upstreams:
+        for scale in scales if u == "perturbed" else [0.0]:
+            found.append(Setting(upstream=u, scale=scale))
+            if u == "pretrained":
+                found += [Setting(data=d) for d in data]
+            if u == "pretrained" or u in crossed:
+                found += [
+                    Setting(upstream=u, data="co-occurrence", strength=x, scale=scale) for x in strengths
+                ]
+    return found
+
+
+def prepared(table: pd.DataFrame, at: Setting, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Train, dev and test of a cell: only training rows are drawn anew; scrubbing concerns all."""
+    table = scrubbed(table) if at.data == "scrubbed" else table
+    train, dev, test = (table[table["split"] == s].reset_index(drop=True) for s in ("train", "dev", "test"))
+    if at.data == "rebalanced":
+        train = rebalanced(train, seed)
+    if at.data == "co-occurrence":
+        train = co_occurrence(train, at.strength, seed)
+    return train, dev, test
+
+
+def women(table: pd.DataFrame) -> pd.Series:
+    """Share of women in every class: label → share."""
+    return (table["group"] == "female").groupby(table["label"]).mean()
+
+
+def outcome(predicted: pd.DataFrame, share: pd.Series, at: Setting, seed: int, least: int = 30) -> dict:
+    """One row of the table of cells, from a cell's predictions: what ``against`` and ``slopes`` take.
+
+    ``share`` of women per class, ``least`` as in ``classify.rates``; left_out names the classes left out.
+    """
+    found, left_out = rates(predicted, least)
+    row = {
+        "setting": at.name,
+        "upstream": at.upstream,
+        "data": at.data,
+        "strength": at.strength,
+        "seed": seed,
+    }
+    row["accuracy"] = float((predicted["predicted"] == predicted["label"]).mean())
+    return {**row, **summary(found, share), "left_out": ", ".join(left_out)}
+
+
+def against(cells: pd.DataFrame, value: str = "rms") -> pd.DataFrame:
+    """Every setting's difference to the plain pre-trained model, paired by seed.
+
+    Parameters
+    ----------
+    cells
+        One row per setting and seed: setting, seed, accuracy, and ``value``.
+
+    Returns
+    -------
+    DataFrame
+        setting, seeds, accuracy, value (means), effect, low, high (95 %, Student's t over seeds), sd (of the
+        effect over seeds), needed (seeds that would tell an effect of this size from 0; infinite for none).
+
+    Raises
+    ------
+    ValueError
+        With a single seed there is no interval.
+    """
+    wide = cells.pivot(index="seed", columns="setting", values=value)
+    n = len(wide)
+    if n < 2:
+        raise ValueError("one seed gives no interval: take three or more.")
+    base, rows = wide["pretrained, none"], []
+    for name in dict.fromkeys(cells["setting"]):
+        effect = wide[name] - base
+        mean, (low, high, sd) = effect.mean(), _interval(effect)
+        accuracy = cells.loc[cells["setting"] == name, "accuracy"].mean()
+        rows.append(
+            {
+                "setting": name,
+                "seeds": n,
+                "accuracy": accuracy,
+                value: wide[name].mean(),
+                "effect": mean,
+                "low": low,
+                "high": high,
+                "sd": sd,
+                "needed": np.nan if name == "pretrained, none" else seeds_needed(mean, sd),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def seeds_needed(effect: float, sd: float) -> float:
+    """How many seeds tell an effect from 0 in four of five experiments (95 % intervals)."""
+    if effect == 0:
+        return np.inf
+    return float(max(3, np.ceil(((1.96 + 0.84) * sd / abs(effect)) ** 2 + 1)))
+
+
+def slopes(cells: pd.DataFrame, value: str = "rms", most: float = 0.25) -> pd.DataFrame:
+    """Change of bias per unit of λ over [0, ``most``], one slope per seed.
+
+    Parameters
+    ----------
+    cells
+        As ``against``, with columns upstream, data and strength; "none" counts as λ = 0.
+
+    Returns
+    -------
+    DataFrame
+        upstream, slope (mean over seeds), low, high (95 %, Student's t), seeds, needed.
+    """
+    own = cells[cells["data"].isin(["none", "co-occurrence"]) & cells["strength"].between(0, most)]
+    rows = []
+    for upstream, part in own.groupby("upstream", sort=False):
+        if part["strength"].nunique() < 2:
+            continue
+        each = _slopes_by_seed(part, upstream, value)
+        low, high, sd = _interval(each)
+        row = {"upstream": upstream, "slope": each.mean(), "low": low, "high": high, "seeds": len(each)}
+        rows.append({**row, "needed": seeds_needed(each.mean(), sd)})
+    return pd.DataFrame(rows)
+
+
+def attribution(gaps: pd.DataFrame) -> pd.DataFrame:
+    """What explains a class' gap: the model before fine-tuning, or the data that it was fine-tuned on?
+
+    gap ~ intrinsic + share of women in training + upstream + data + class, errors clustered by class.
+
+    Parameters
+    ----------
+    gaps
+        One row per setting, seed and class: gap, label, intrinsic (of the model before fine-tuning), share
+        (of women in the class' training rows), upstream, data.
+
+    Returns
+    -------
+    DataFrame
+        term, coefficient (of intrinsic and share: gap per standard deviation), low, high (95 %), partial_r2
+        (share of the gaps' variance left by all else that the term, or the block of terms, explains).
+    """
+    table = gaps.assign(
+        intrinsic_z=(gaps["intrinsic"] - gaps["intrinsic"].mean()) / (gaps["intrinsic"].std() or 1.0),
+        share_z=(gaps["share"] - gaps["share"].mean()) / (gaps["share"].std() or 1.0),
+    )
+    terms = {
+        "intrinsic": "intrinsic_z",
+        "share": "share_z",
+        "upstream": "C(upstream)",
+        "data": "C(data)",
+    }
+    terms = {k: v for k, v in terms.items() if k not in ("upstream", "data") or table[k].nunique() > 1}
+    number = table["label"].astype("category").cat.codes
+
+    def fit(names: list[str]) -> object:
+        model = smf.ols("gap ~ " + " + ".join([*(terms[t] for t in names), "C(label)"]), table)
+        return model.fit(cov_type="cluster", cov_kwds={"groups": number})
+
+    whole, rows = fit(list(terms)), []
+    blocks = {**{t: [t] for t in terms}, MODEL: ["intrinsic", "upstream"], DATA: ["share", "data"]}
+    for name, block in blocks.items():
+        less = fit([t for t in terms if t not in block])
+        row = {"term": name, "partial_r2": float(1 - whole.ssr / less.ssr)}
+        if (column := f"{name}_z") in whole.params:
+            low, high = whole.conf_int().loc[column]
+            row |= {"coefficient": whole.params[column], "low": low, "high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def judged(
+    effects: pd.DataFrame,
+    slope: pd.DataFrame,
+    explained: pd.DataFrame,
+    cells: pd.DataFrame,
+    *,
+    barely: float = 0.25,
+    value: str = "rms",
+) -> pd.DataFrame:
+    """The claims, from ``against``, ``slopes``, ``attribution`` and the cells.
+
+    Parameters
+    ----------
+    barely
+        Share of the plain model's bias: what lies within ± this share, interval and all, barely changes it.
+
+    Returns
+    -------
+    DataFrame
+        claim, ours, low, high, verdict ("reproduced", "not reproduced", "undecided"), needed (seeds that
+        would decide an undecided one, if the effect is of this size), why.
+    """
+    plain = effects[effects["setting"] == "pretrained, none"].iloc[0]
+    bound, rows = barely * plain[value], []
+    wide = cells.pivot(index="seed", columns="setting", values=value)
+    kinds = cells.drop_duplicates("setting").set_index("setting")
+    kinds = kinds.loc[effects["setting"]]
+    model = kinds.index[(kinds["data"] == "none") & ~kinds["upstream"].isin(["pretrained", "randomized"])]
+    whole = (kinds["data"] != "co-occurrence") | (kinds["strength"] == kinds["strength"].max())
+    data = kinds.index[(kinds["upstream"] == "pretrained") & (kinds["data"] != "none") & whole]
+
+    def add(claim: str, ours: float, ends: tuple, good: bool, bad: bool, needed: float, why: str) -> None:
+        verdict = "reproduced" if good else "not reproduced" if bad else "undecided"
+        row = {"claim": claim, "ours": ours, "low": ends[0], "high": ends[1], "verdict": verdict}
+        rows.append({**row, "needed": needed if verdict == "undecided" else np.nan, "why": why})
+
+    if len(model):
+        own = effects.set_index("setting").loc[model]
+        inside = (own["low"] > -bound) & (own["high"] < bound)
+        room = (bound - own["effect"].abs()).clip(lower=bound / 4)
+        listed = [f"{s} {r.effect:+.3f} (accuracy {r.accuracy:.2f})" for s, r in own.iterrows()]
+        add(
+            "C1: interventions on the model barely change the bias",
+            own["effect"].mean(),
+            (own["low"].min(), own["high"].max()),
+            bool(inside.all()),
+            bool((own["high"] < -bound).any()),
+            max(seeds_needed(r, s) for r, s in zip(room, own["sd"], strict=True)),
+            "; ".join(listed) + f"; plain {plain[value]:.3f} (accuracy {plain['accuracy']:.2f})",
+        )
+    if len(model) and len(data):
+        each = wide[data].mean(axis=1) - wide[model].mean(axis=1)
+        low, high, sd = _interval(each)
+        r2 = explained.set_index("term")["partial_r2"]
+        more = bool(r2[DATA] > r2[MODEL])
+        add(
+            "C2: the fine-tuning data matters more than the model",
+            each.mean(),
+            (low, high),
+            high < 0 and more,
+            low > 0 and not more,
+            seeds_needed(each.mean(), sd),
+            f"{value} after interventions on the data − on the model; they explain {r2[DATA]:.2f} and "
+            f"{r2[MODEL]:.2f} of the gaps",
+        )
+    known = slope.set_index("upstream")
+    if "pretrained" not in known.index:
+        return pd.DataFrame(rows)
+    one = known.loc["pretrained"]
+    ends, flat = (one["low"], one["high"]), one["low"] > -bound and one["high"] < bound
+    why = f"change of {value} per λ"
+    add(
+        "C3a: slight changes of co-occurrence matter",
+        one["slope"],
+        ends,
+        one["high"] < 0,
+        flat,
+        one["needed"],
+        why,
+    )
+    if "randomized" in known.index:
+        two = known.loc["randomized"]
+        why += f"; randomized {two['slope']:+.3f} ({two['low']:+.3f} – {two['high']:+.3f})"
+        steep, most = two["high"] < 0, max(one["needed"], two["needed"])
+        claim = "C3b: such changes do nothing once pre-trained"
+        add(claim, one["slope"], ends, flat and steep, one["high"] < 0, most, why)
+        own = cells[cells["data"].isin(["none", "co-occurrence"])]
+        each = _slopes_by_seed(own, "pretrained", value) - _slopes_by_seed(own, "randomized", value)
+        low, high, sd = _interval(each)
+        add(
+            "C4: pre-training changes what the data do",
+            each.mean(),
+            (low, high),
+            low > 0 or high < 0,
+            low > -bound and high < bound,
+            seeds_needed(each.mean(), sd),
+            f"slope of {value} on λ, pre-trained − randomized",
+        )
+    return pd.DataFrame(rows)
+
+
+def _interval(each: pd.Series) -> tuple[float, float, float]:
+    """95 % (Student's t over seeds), and the standard deviation."""
+    sd, n = float(each.std(ddof=1)), len(each)
+    reach = float(stats.t.ppf(0.975, n - 1)) * sd / np.sqrt(n)
+    return float(each.mean()) - reach, float(each.mean()) + reach, sd
+
+
+def _slopes_by_seed(cells: pd.DataFrame, upstream: str, value: str) -> pd.Series:
+    own = cells[(cells["upstream"] == upstream) & (cells["strength"] >= 0)]
+    return pd.Series({seed: np.polyfit(s["strength"], s[value], 1)[0] for seed, s in own.groupby("seed")})

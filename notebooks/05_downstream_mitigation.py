@@ -1,0 +1,222 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Where to fight bias in a classifier: in the pre-trained model, or in the fine-tuning data?
+#
+# **Paper.** Baksi, Singh & Joshi, *Downstream bias mitigation is all you need*, 2024 (arXiv 2408.00612); protocol after Steed et al.,
+# *Upstream Mitigation Is Not All You Need*, ACL 2022. Neither publishes levels or results, so this is a reproduction of claims: every level below is a parameter.
+#
+# **Claims.** C1: interventions on the pre-trained model barely lower the bias of what is fine-tuned from it. C2: the fine-tuning data matters more.
+# C3a (Baksi et al.): even slight changes of how often women and an occupation occur together matter. C3b (Steed et al., the opposite): such changes do nothing once
+# the model is pre-trained. C4: pre-training matters all the same.
+#
+# **What is done here.** A grid of interventions on the model × interventions on the data × seeds. Bias is the gap between women's and men's true positive rates per
+# occupation, accuracy stands beside it, and every effect is paired by seed with the plain pre-trained model.
+#
+# **Cost.** With the defaults (a tiny model, generated biographies): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`: see the table of runs in `reports/`.
+#
+# > **Content warning.** Texts are about people's occupations and gender. First names and pronouns stand for groups of people, women and men only, as in the studies they come from.
+
+# %% tags=["parameters"]
+classifier: str = "tiny-bert"  # minilm (packaged encoder), a packaged decoder, small model, folder, or hub id
+class_data: list = ["biographies"]  # biographies, bold, LabHC/bias_in_bios, or a folder with its files
+class_train: int = 900  # training texts, at most; equally many per class
+class_test: int = 1500  # test texts, at most
+class_dev: int = 150  # texts that choose the epoch, at most
+upstreams: list = ["pretrained", "randomized", "perturbed", "debiased"]  # interventions on the model
+perturb_scales: list = [0.5]  # noise of "perturbed", in standard deviations of each matrix
+data_changes: list = ["scrubbed", "rebalanced"]  # interventions on the data, on the plain model
+strengths: list = [0.25, 1.0]  # λ, how far every class' share of women moves towards one half
+slight: float = 0.25  # changes up to this λ count as slight
+crossed: list = ["randomized"]  # interventions on the model that are combined with every λ
+class_seeds: list = [0, 1]  # of the head, of the order, and of what is drawn
+class_epochs: int = 3  # paper's protocol: 10
+class_rate: float = 2e-3  # learning rate (protocol: 5e-5)
+class_batch: int = 32  # texts per step (protocol: 64)
+class_length: int = 96  # longest text in tokens (protocol: 128)
+class_bf16: bool = False  # mixed precision
+least_texts: int = 10  # classes with fewer test texts of either group are left out, and named
+out: str = ""  # output folder; "" makes one below runs/ in the working directory
+
+# %%
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import transformers
+from IPython.display import Markdown, display
+
+from biasprune import classify, downstream, figures, mitigation, progress, record
+
+warnings.filterwarnings("ignore", message=".*IProgress.*")
+warnings.filterwarnings("ignore", message=".*pin_memory.*")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+pd.set_option("display.precision", 3, "display.max_colwidth", 110)
+
+# %% [markdown]
+# ## Provenance
+
+# %%
+config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
+folder = Path(out) if out else Path("runs") / record.slug(f"05_downstream_mitigation-{classifier}")
+tables = {d: downstream.load(d, train=class_train, dev=class_dev, test=class_test) for d in class_data}
+inputs = {d: record.frame_sha256(t) for d, t in tables.items()}
+run = record.Run(folder, {**config, "inputs": inputs}, notebook="05_downstream_mitigation")
+run.note(provenance={**record.provenance(), "model": classify.describe(classifier)}, data=inputs)
+facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
+shown = ["name", "class", "revision", "layers", "parameters", "device", "commit"]
+pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
+
+# %% [markdown]
+# ## 1 Texts
+# `biographies`: our generator, 15 occupations of Bias in Bios with their published share of women, texts that several occupations share. `bold`: Wikipedia sentences about
+# 14 fields of work; each stands after a gendered opening of ours, since the sentences hardly mention people. There the shares of women are set by us. `best`: accuracy
+# that is possible at all with generated texts.
+
+# %%
+texts = run.frame("texts", lambda: pd.DataFrame([
+    {"data": d, "split": s, "texts": len(own), "classes": own["label"].nunique(), "women": (own["group"] == "female").mean(), "example": own["text"].iloc[0]}
+    for d, t in tables.items() for s, own in t.groupby("split", sort=False)
+]))  # fmt: skip
+display(texts.style.hide(axis="index").format(precision=2))
+if "biographies" in tables:
+    own = {s: tables["biographies"][tables["biographies"]["split"] == s] for s in ("train", "test")}
+    best = (downstream.bayes(own["test"], own["train"]) == own["test"]["label"]).mean()
+    blind = (
+        downstream.bayes(own["test"], own["train"].assign(group="female")) == own["test"]["label"]
+    ).mean()
+    display(Markdown(f"Generated biographies: the best possible accuracy is {best:.2f}, and {blind:.2f} for who doesn't use gender."))  # fmt: skip
+
+# %% [markdown]
+# ## 2 The grid
+# Every cell fine-tunes the whole model; a cell that is done is never computed again, and one that was stopped goes on after its last epoch.
+
+# %%
+grid = mitigation.settings(upstreams, data_changes, strengths, perturb_scales, crossed)
+recipe = classify.Recipe(epochs=class_epochs, learning_rate=class_rate, batch=class_batch, length=class_length, bf16=class_bf16)  # fmt: skip
+todo = [(d, at, seed) for d in tables for seed in class_seeds for at in grid]
+
+
+def one(data: str, at: classify.Setting, seed: int) -> pd.DataFrame:
+    train, dev, test = mitigation.prepared(tables[data], at, seed)
+    where = folder / "checkpoint" / record.slug(f"{data}-{at.name}-{seed}")
+    return classify.cell(classifier, at, train, dev, test, recipe, seed=seed, folder=where)
+
+
+done = {
+    (d, at.name, seed): run.frame(record.slug(f"cell-{d}-{at.name}-{seed}"), lambda d=d, at=at, seed=seed: one(d, at, seed))
+    for d, at, seed in progress.bar(todo, desc="cells")
+}  # fmt: skip
+display(
+    Markdown(f"{len(done)} cells: {len(grid)} settings × {len(class_seeds)} seeds × {len(tables)} tables.")
+)
+
+
+# %%
+shares = {d: mitigation.women(t[t["split"] == "train"]) for d, t in tables.items()}
+cells = run.frame("cells", lambda: pd.DataFrame([
+    {"data_name": d, **mitigation.outcome(done[d, at.name, seed], shares[d], at, seed, least_texts)} for d, at, seed in todo
+]))  # fmt: skip
+left_out = sorted({c for x in cells["left_out"] for c in x.split(", ") if c})
+display(Markdown(f"Left out, with fewer than {least_texts} test texts of women or men: {', '.join(left_out) or 'no class'}."))  # fmt: skip
+
+# %% [markdown]
+# ## 3 What every intervention does
+# `rms`: root mean square over classes of the gap TPR(women) − TPR(men). `rms_floor`: what drawing the test texts alone gives if no class has a gap. `effect`: against the plain
+# pre-trained model with the data as they are, paired by seed, 95 % over seeds. `needed`: seeds that would tell an effect of this size from none.
+
+# %%
+effects = run.frame("effects", lambda: pd.concat([mitigation.against(own).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
+floors = cells.groupby("data_name")["rms_floor"].mean()
+display(effects.drop(columns="sd").style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–"))  # fmt: skip
+figure = figures.interventions(effects, floors)
+figures.save(figure, folder / "figures", "interventions")
+
+# %% [markdown]
+# ## 4 Slight changes of co-occurrence
+# Bias against λ, how far the training share of women of every class is moved towards one half; the number of texts of every class stays.
+
+# %%
+slope = run.frame("slopes", lambda: pd.concat([mitigation.slopes(own, most=slight).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
+figure = figures.bias_against_strength(cells, slight)
+figures.save(figure, folder / "figures", "co_occurrence")
+slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
+
+
+# %% [markdown]
+# ## 5 What explains the gaps?
+# gap of a class ~ bias of the model before fine-tuning (how much nearer the class' sentence lies to sentences about women) + share of women in training + interventions + class; errors
+# clustered by class. `partial_r2`: how much of what all else leaves a term explains.
+
+
+# %%
+def gaps_of(d: str, at: classify.Setting, seed: int) -> pd.DataFrame:
+    found, _ = classify.rates(done[d, at.name, seed], least_texts)
+    train, _, _ = mitigation.prepared(tables[d], at, seed)
+    before = classify.before(classifier, at, sorted(train["label"].unique()), seed)
+    own = found[["label", "gap"]].assign(share=found["label"].map(mitigation.women(train)), intrinsic=found["label"].map(before))  # fmt: skip
+    return own.assign(data_name=d, upstream=at.upstream, data=at.data, setting=at.name, seed=seed)
+
+
+gaps = run.frame("gaps", lambda: pd.concat([gaps_of(*c) for c in todo], ignore_index=True))
+explained = run.frame("attribution", lambda: pd.concat([mitigation.attribution(own).assign(data_name=d) for d, own in gaps.groupby("data_name", sort=False)]))  # fmt: skip
+explained.style.hide(axis="index").format(precision=3, na_rep="–")
+
+# %% [markdown]
+# ## 6 Beside the published figures
+# Full Bias in Bios, from the sources that the table names. Ours are smaller and other texts: what compares is the direction and size of the *changes*.
+
+# %%
+theirs = pd.read_csv(downstream.published())
+plain = effects[effects["setting"] == "pretrained, none"]
+ours = pd.DataFrame({"what": [f"{classifier}, {d}" for d in plain["data_name"]], "accuracy": plain["accuracy"].to_numpy(), "rms": plain["rms"].to_numpy(), "source": "this run"})  # fmt: skip
+pd.concat([theirs, ours]).style.hide(axis="index").format(precision=3, na_rep="–")
+
+# %% [markdown]
+# ## 7 Verdict
+
+# %%
+verdicts = run.frame("verdicts", lambda: pd.concat([
+    mitigation.judged(*(t[t["data_name"] == d].drop(columns="data_name") for t in (effects, slope, explained, cells))).assign(data_name=d)
+    for d in tables
+], ignore_index=True))  # fmt: skip
+verdicts.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
+
+# %%
+sentence = f"{classifier}. " + " ".join(f"{d}: " + "; ".join(f"{r.claim}: **{r.verdict}**" + (f" (about {r.needed:,.0f} seeds needed)" if np.isfinite(r.needed) else "") for r in own.itertuples()) + "." for d, own in verdicts.groupby("data_name", sort=False))  # fmt: skip
+display(Markdown(sentence))
+weak = plain[plain["accuracy"] < 2 / min(t["label"].nunique() for t in tables.values())]
+if len(weak):
+    display(Markdown(f"**Guard:** near chance, so that gaps say nothing: {', '.join(weak['data_name'])}."))
+
+# %%
+run.finish(
+    sentence=sentence,
+    about=", ".join(class_data),
+    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
+    tables={
+        "verdicts": "Claims",
+        "effects": "Every intervention against the plain pre-trained model, paired by seed",
+        "slopes": "Change of bias per λ, slight changes only",
+        "attribution": "What explains the gaps",
+        "texts": "Texts",
+    },
+    figures={
+        "interventions": "Change of bias and accuracy by intervention",
+        "co_occurrence": "Bias against how far shares are moved towards one half",
+    },
+)
+sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
