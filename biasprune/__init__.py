@@ -6,7 +6,8 @@ from it, ``headscores`` scores every attention head, ``select`` picks the heads 
 come out again, ``published`` reads the paper's own scores, ``biases`` compares axes, ``joint`` removes
 several heads at once, ``likelihood`` measures bias without sampling. ``audit`` asks the same question about
 people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
-the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges.
+the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
+texts to classify and changes of them, ``classify`` fine-tunes, ``mitigation`` is the grid of both.
 ``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
 ``speed`` is the benchmark.
 
@@ -18,20 +19,10 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
 _MODULES = (
-    *(
-        "ablate",
-        "answers",
-        "audit",
-        "biases",
-        "decode",
-        "experiment",
-        "fetch",
-        "figures",
-        "gaps",
-        "headscores",
-    ),
-    *("joint", "judge", "likelihood", "lm", "measure", "progress", "prompts", "published", "record"),
-    *("reliability", "select", "speed", "transfer", "weightscores"),
+    *("ablate", "answers", "audit", "biases", "classify", "decode", "downstream", "experiment"),
+    *("fetch", "figures", "gaps", "headscores", "joint", "judge", "likelihood", "lm", "measure"),
+    *("mitigation", "progress", "prompts", "published", "record", "reliability", "select", "speed"),
+    *("transfer", "weightscores"),
 )
 
 

@@ -41,7 +41,7 @@ def shares_of_women(what: str = "occupations") -> pd.Series:
     return table.set_index(table.columns[0])["share_women"].astype(float)
 
 
-def biographies(n: int, seed: int, *, specific: float = 0.5, split: str = "train") -> pd.DataFrame:
+def biographies(n: int, seed: int, *, specific: float = 0.3, split: str = "train") -> pd.DataFrame:
     """Short biographies by our own generator: equally many of 15 occupations, women by their published share.
 
     Each says two things that people of the occupation do. Either is drawn with probability ``specific`` from
@@ -81,7 +81,7 @@ def biographies(n: int, seed: int, *, specific: float = 0.5, split: str = "train
     return pd.DataFrame(rows, columns=[*COLUMNS, "name", "phrases"])
 
 
-def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.5) -> np.ndarray:
+def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.3) -> np.ndarray:
     """The best possible guess for generated biographies: (rows,) labels.
 
     Knows the generator's phrases, and from ``train`` the classes and each one's share of women. What it
