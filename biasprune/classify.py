@@ -6,6 +6,7 @@ Orgad et al., NAACL 2022.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from fairlearn.metrics import MetricFrame
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from biasprune import fetch, lm
 from biasprune.downstream import GROUPS
@@ -119,7 +119,7 @@ def load(
         transformers.set_seed(seed)
         kind = AutoModelForSequenceClassification
         if randomized:
-            model = kind.from_config(config)
+            model = kind.from_config(config, dtype=torch.float32)
         else:
             model = kind.from_pretrained(where, config=config, dtype=torch.float32)
     except (OSError, ValueError) as e:  # a folder without weights, an architecture without such a head, …
@@ -220,6 +220,17 @@ def _rows(
     return [{"input_ids": i, "labels": int(n)} for i, n in zip(ids, numbers, strict=True)]
 
 
+def _last_whole(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole; what was left of a later one is deleted."""
+    for found in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[1])):
+        try:  # written last
+            json.loads((found / "trainer_state.json").read_text())
+            return str(found)
+        except (OSError, ValueError):
+            shutil.rmtree(found)
+    return None
+
+
 def fine_tune(
     model: nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -253,6 +264,7 @@ def fine_tune(
         metric_for_best_model="accuracy",
         bf16=recipe.bf16,
         use_cpu=model.device.type == "cpu",
+        restore_callback_states_from_checkpoint=True,  # patience counts on
         seed=seed,
         data_seed=seed,
         report_to="none",
@@ -270,8 +282,7 @@ def fine_tune(
         callbacks=[transformers.EarlyStoppingCallback(recipe.patience)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_whole(folder))
     return trainer
 
 
@@ -402,7 +413,9 @@ def summary(table: pd.DataFrame, share: pd.Series, *, n_boot: int = 500, seed: i
     Returns
     -------
     dict
-        rms (root mean square of the gaps), rms_floor (what sampling alone gives where no class has a gap),
+        rms (root mean square of the gaps), rms_floor (what sampling alone gives where no class has a gap), p
+        (of as large an rms there), excess (mean square of the gaps less its sampling variance: unbiased, and
+        below 0 at times),
         mean_gap (mean |gap|), r (correlation of gaps with the share of women), slope (gap per share).
     """
     gap, x = table["gap"].to_numpy(), share[table["label"]].to_numpy()
@@ -410,11 +423,16 @@ def summary(table: pd.DataFrame, share: pd.Series, *, n_boot: int = 500, seed: i
     n = table[["n_female", "n_male"]].to_numpy().astype(int)
     same = ((table[["tpr_female", "tpr_male"]].to_numpy() * n).sum(1) / n.sum(1)).clip(0, 1)
     drawn = rng.binomial(n[None], same[None, :, None], size=(n_boot, *n.shape)) / n
-    floor = np.sqrt(((drawn[..., 0] - drawn[..., 1]) ** 2).mean(1)).mean()
+    floor = np.sqrt(((drawn[..., 0] - drawn[..., 1]) ** 2).mean(1))
+    tpr = table[["tpr_female", "tpr_male"]].to_numpy().astype(float)
+    sampling = (tpr * (1 - tpr) / np.maximum(n - 1, 1)).sum(1)
+    rms = float(np.sqrt((gap**2).mean()))
     varies = gap.std() > 0 and x.std() > 0
     return {
-        "rms": float(np.sqrt((gap**2).mean())),
-        "rms_floor": float(floor),
+        "rms": rms,
+        "rms_floor": float(floor.mean()),
+        "p": float((1 + (floor >= rms).sum()) / (1 + n_boot)),
+        "excess": float((gap**2 - sampling).mean()),
         "mean_gap": float(np.abs(gap).mean()),
         "r": float(np.corrcoef(gap, x)[0, 1]) if varies else np.nan,
         "slope": float(np.polyfit(x, gap, 1)[0]) if varies else np.nan,

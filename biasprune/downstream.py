@@ -141,6 +141,15 @@ def bold_fields(seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*COLUMNS, "name"])
 
 
+# numbers of the classes on the hub
+OCCUPATIONS = (
+    *("accountant", "architect", "attorney", "chiropractor", "comedian", "composer", "dentist", "dietitian"),
+    *("dj", "filmmaker", "interior_designer", "journalist", "model", "nurse", "painter", "paralegal"),
+    *("pastor", "personal_trainer", "photographer", "physician", "poet", "professor", "psychologist"),
+    *("rapper", "software_engineer", "surgeon", "teacher", "yoga_teacher"),
+)
+
+
 def bias_in_bios(source: str | Path = "LabHC/bias_in_bios") -> pd.DataFrame:
     """Bias in Bios: a hub id, or a folder with train, dev and test as CSV or parquet.
 
@@ -171,7 +180,8 @@ def bias_in_bios(source: str | Path = "LabHC/bias_in_bios") -> pd.DataFrame:
         if not set(group) <= set(GROUPS):
             other = sorted(set(map(str, group)) - set(GROUPS))[0]
             raise ValueError(f"{source}, {split}: unknown gender {other!r}.")
-        own = {"text": table["hard_text"], "label": table["profession"].astype(str), "group": group}
+        label = [OCCUPATIONS[int(p)] if str(p).isdigit() else str(p) for p in table["profession"]]
+        own = {"text": table["hard_text"], "label": label, "group": group}
         tables.append(pd.DataFrame(own).assign(split=split))
     return pd.concat(tables, ignore_index=True)
 

@@ -631,7 +631,7 @@ def one_shot_or_greedy(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def interventions(table: pd.DataFrame, floors: pd.Series) -> Figure:
+def interventions(table: pd.DataFrame) -> Figure:
     """Bias of every setting, with the 95 % interval of its difference to the plain model, and accuracy."""
     panels = list(table.groupby("data_name", sort=False))
     height = 0.36 * table["setting"].nunique() + 1.5
@@ -639,15 +639,16 @@ def interventions(table: pd.DataFrame, floors: pd.Series) -> Figure:
         len(panels), 2, squeeze=False, sharey="row", figsize=(11, height * len(panels)), width_ratios=(2, 1)
     )
     for (left, right), (name, own) in zip(axes, panels, strict=True):
-        y, value = np.arange(len(own)), own["rms"]
+        y, value = np.arange(len(own)), own["excess"]
         reach = np.stack([own["effect"] - own["low"], own["high"] - own["effect"]])
         left.errorbar(value, y, xerr=reach, fmt="o", ms=6, capsize=3, color="black")
         left.axvline(value.iloc[0], color="black", lw=0.8, ls=":")
-        left.axvline(floors[name], color="grey", lw=1, ls="--")
+        left.axvline(0, color="black", lw=0.8)
         left.set_yticks(y, own["setting"])
-        left.set_title(f"{name} (dotted: plain model, dashed: no gap at all)", fontsize=10)
+        left.set_title(f"{name} (dotted: plain model)", fontsize=10)
         left.set_xlabel(
-            "gap between women's and men's true positive rates\n(rms over classes; 95 % of the effect)"
+            "squared gap between women's and men's true positive rates, mean\nover classes, "
+            "less sampling variance (95 % of the effect, over seeds)"
         )
         right.plot(own["accuracy"], y, "s", color="black", ms=6)
         right.set_xlabel("accuracy")
@@ -667,15 +668,14 @@ def bias_against_strength(cells: pd.DataFrame, slight: float) -> Figure:
     figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4.2))
     for axis, (name, part) in zip(axes[0], panels, strict=True):
         for i, (upstream, some) in enumerate(part.groupby("upstream", sort=False)):
-            mean = some.groupby("strength")["rms"].mean()
+            mean = some.groupby("strength")["excess"].mean()
             axis.plot(mean.index, mean, MARKERS[i] + "-", ms=7, label=upstream)
-            axis.plot(some["strength"], some["rms"], MARKERS[i], ms=4, mfc="none", color=f"C{i}")
-        axis.axhline(part["rms_floor"].mean(), color="grey", lw=1, ls="--")
+            axis.plot(some["strength"], some["excess"], MARKERS[i], ms=4, mfc="none", color=f"C{i}")
+        axis.axhline(0, color="black", lw=0.8)
         axis.axvspan(0, slight, color="grey", alpha=0.15, lw=0)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("λ: 0 as observed, 1 equal shares (grey: slight)")
-        axis.set_ylim(0)
-    axes[0, 0].set_ylabel("gap (rms over classes)")
-    axes[0, -1].legend(title="dashed: no gap at all", loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes[0, 0].set_ylabel("squared gap, mean over classes,\nless sampling variance")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     return figure

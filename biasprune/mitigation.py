@@ -68,7 +68,7 @@ def prepared(table: pd.DataFrame, at: Setting, seed: int) -> tuple[pd.DataFrame,
     table = scrubbed(table) if at.data == "scrubbed" else table
     train, dev, test = (table[table["split"] == s].reset_index(drop=True) for s in ("train", "dev", "test"))
     if at.data == "rebalanced":
-        train = rebalanced(train, seed)
+        train = rebalanced(train, seed, how="oversample")  # no class loses texts
     if at.data == "co-occurrence":
         train = co_occurrence(train, at.strength, seed)
     return train, dev, test
@@ -96,7 +96,7 @@ def outcome(predicted: pd.DataFrame, share: pd.Series, at: Setting, seed: int, l
     return {**row, **summary(found, share), "left_out": ", ".join(left_out)}
 
 
-def against(cells: pd.DataFrame, value: str = "rms") -> pd.DataFrame:
+def against(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:
     """Every setting's difference to the plain pre-trained model, paired by seed.
 
     Parameters
@@ -147,7 +147,7 @@ def seeds_needed(effect: float, sd: float) -> float:
     return float(max(3, np.ceil(((1.96 + 0.84) * sd / abs(effect)) ** 2 + 1)))
 
 
-def slopes(cells: pd.DataFrame, value: str = "rms", most: float = 0.25) -> pd.DataFrame:
+def slopes(cells: pd.DataFrame, value: str = "excess", most: float = 0.25) -> pd.DataFrame:
     """Change of bias per unit of λ over [0, ``most``], one slope per seed.
 
     Parameters
@@ -169,7 +169,7 @@ def slopes(cells: pd.DataFrame, value: str = "rms", most: float = 0.25) -> pd.Da
         low, high, sd = _interval(each)
         row = {"upstream": upstream, "slope": each.mean(), "low": low, "high": high, "seeds": len(each)}
         rows.append({**row, "needed": seeds_needed(each.mean(), sd)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["upstream", "slope", "low", "high", "seeds", "needed"])
 
 
 def attribution(gaps: pd.DataFrame) -> pd.DataFrame:
@@ -204,7 +204,7 @@ def attribution(gaps: pd.DataFrame) -> pd.DataFrame:
 
     def fit(names: list[str]) -> object:
         model = smf.ols("gap ~ " + " + ".join([*(terms[t] for t in names), "C(label)"]), table)
-        return model.fit(cov_type="cluster", cov_kwds={"groups": number})
+        return model.fit(cov_type="cluster", cov_kwds={"groups": number}, use_t=True)
 
     whole, rows = fit(list(terms)), []
     blocks = {**{t: [t] for t in terms}, MODEL: ["intrinsic", "upstream"], DATA: ["share", "data"]}
@@ -218,19 +218,34 @@ def attribution(gaps: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def learned(effects: pd.DataFrame, classes: int) -> list[str]:
+    """Settings whose accuracy keeps at least half of the plain model's margin over chance.
+
+    Below that a classifier's gaps say little: at chance there are none.
+    """
+    chance = 1 / classes
+    plain = effects.loc[effects["setting"] == "pretrained, none", "accuracy"].iloc[0]
+    return list(effects["setting"][effects["accuracy"] - chance >= 0.5 * (plain - chance)])
+
+
 def judged(
     effects: pd.DataFrame,
     slope: pd.DataFrame,
-    explained: pd.DataFrame,
     cells: pd.DataFrame,
     *,
+    classes: int,
     barely: float = 0.25,
-    value: str = "rms",
+    value: str = "excess",
 ) -> pd.DataFrame:
-    """The claims, from ``against``, ``slopes``, ``attribution`` and the cells.
+    """The claims, from ``against``, ``slopes`` and the cells.
+
+    Settings that don't learn (``learned``) are left out and named. Where the plain model has no bias to lower
+    (p ≥ .05 in the median over seeds), everything is undecided.
 
     Parameters
     ----------
+    classes
+        Number of classes, for chance.
     barely
         Share of the plain model's bias: what lies within ± this share, interval and all, barely changes it.
 
@@ -241,69 +256,69 @@ def judged(
         would decide an undecided one, if the effect is of this size), why.
     """
     plain = effects[effects["setting"] == "pretrained, none"].iloc[0]
-    bound, rows = barely * plain[value], []
+    bound, rows, able = barely * plain[value], [], learned(effects, classes)
+    p = cells.loc[cells["setting"] == "pretrained, none", "p"].median()
+    biased = bool(p < 0.05 and bound > 0)
     wide = cells.pivot(index="seed", columns="setting", values=value)
     kinds = cells.drop_duplicates("setting").set_index("setting")
-    kinds = kinds.loc[effects["setting"]]
+    lost = [s for s in kinds.index if s not in able]
+    kinds = kinds.loc[[s for s in kinds.index if s in able]]
     model = kinds.index[(kinds["data"] == "none") & ~kinds["upstream"].isin(["pretrained", "randomized"])]
-    whole = (kinds["data"] != "co-occurrence") | (kinds["strength"] == kinds["strength"].max())
-    data = kinds.index[(kinds["upstream"] == "pretrained") & (kinds["data"] != "none") & whole]
+    data = kinds.index[(kinds["upstream"] == "pretrained") & (kinds["data"] != "none")]
+    rest = (f"; left out, hardly learns: {', '.join(lost)}" if lost else "") + (
+        "" if biased else f"; the plain model shows no bias to lower (p = {p:.2f})"
+    )
 
     def add(claim: str, ours: float, ends: tuple, good: bool, bad: bool, needed: float, why: str) -> None:
-        verdict = "reproduced" if good else "not reproduced" if bad else "undecided"
+        verdict = (
+            "undecided" if not biased else "reproduced" if good else "not reproduced" if bad else "undecided"
+        )
         row = {"claim": claim, "ours": ours, "low": ends[0], "high": ends[1], "verdict": verdict}
-        rows.append({**row, "needed": needed if verdict == "undecided" else np.nan, "why": why})
+        rows.append(
+            {**row, "needed": needed if verdict == "undecided" and biased else np.nan, "why": why + rest}
+        )
 
     if len(model):
         own = effects.set_index("setting").loc[model]
         inside = (own["low"] > -bound) & (own["high"] < bound)
-        room = (bound - own["effect"].abs()).clip(lower=bound / 4)
-        listed = [f"{s} {r.effect:+.3f} (accuracy {r.accuracy:.2f})" for s, r in own.iterrows()]
+        room = (bound - own["effect"].abs()).clip(lower=max(bound, 1e-9) / 4)
+        listed = [f"{s} {r.effect:+.4f} (accuracy {r.accuracy:.2f})" for s, r in own.iterrows()]
         add(
             "C1: interventions on the model barely change the bias",
             own["effect"].mean(),
             (own["low"].min(), own["high"].max()),
             bool(inside.all()),
-            bool((own["high"] < -bound).any()),
+            bool(((own["high"] < -bound) | (own["low"] > bound)).any()),
             max(seeds_needed(r, s) for r, s in zip(room, own["sd"], strict=True)),
-            "; ".join(listed) + f"; plain {plain[value]:.3f} (accuracy {plain['accuracy']:.2f})",
+            "; ".join(listed) + f"; plain {plain[value]:.4f} (accuracy {plain['accuracy']:.2f})",
         )
     if len(model) and len(data):
-        each = wide[data].mean(axis=1) - wide[model].mean(axis=1)
+        each = _best(wide, data) - _best(wide, model)
         low, high, sd = _interval(each)
-        r2 = explained.set_index("term")["partial_r2"]
-        more = bool(r2[DATA] > r2[MODEL])
         add(
-            "C2: the fine-tuning data matters more than the model",
+            "C2: the best intervention on the data lowers bias more than the best on the model",
             each.mean(),
             (low, high),
-            high < 0 and more,
-            low > 0 and not more,
+            low > 0,
+            high < 0,
             seeds_needed(each.mean(), sd),
-            f"{value} after interventions on the data − on the model; they explain {r2[DATA]:.2f} and "
-            f"{r2[MODEL]:.2f} of the gaps",
+            "what the best one lowers, chosen by the other seeds: data − model",
         )
-    known = slope.set_index("upstream")
+    known = slope[[f"{u}, none" in able for u in slope["upstream"]]].set_index("upstream")
     if "pretrained" not in known.index:
         return pd.DataFrame(rows)
     one = known.loc["pretrained"]
-    ends, flat = (one["low"], one["high"]), one["low"] > -bound and one["high"] < bound
+    moves = one["high"] < 0 or one["low"] > 0
+    flat = one["low"] > -bound and one["high"] < bound and not moves
     why = f"change of {value} per λ"
-    add(
-        "C3a: slight changes of co-occurrence matter",
-        one["slope"],
-        ends,
-        one["high"] < 0,
-        flat,
-        one["needed"],
-        why,
-    )
+    ends = (one["low"], one["high"])
+    add("C3a: slight changes of co-occurrence matter", one["slope"], ends, moves, flat, one["needed"], why)
     if "randomized" in known.index:
         two = known.loc["randomized"]
-        why += f"; randomized {two['slope']:+.3f} ({two['low']:+.3f} – {two['high']:+.3f})"
-        steep, most = two["high"] < 0, max(one["needed"], two["needed"])
+        why += f"; randomized {two['slope']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
+        steep, most = two["high"] < 0 or two["low"] > 0, max(one["needed"], two["needed"])
         claim = "C3b: such changes do nothing once pre-trained"
-        add(claim, one["slope"], ends, flat and steep, one["high"] < 0, most, why)
+        add(claim, one["slope"], ends, flat and steep, moves, most, why)
         own = cells[cells["data"].isin(["none", "co-occurrence"])]
         each = _slopes_by_seed(own, "pretrained", value) - _slopes_by_seed(own, "randomized", value)
         low, high, sd = _interval(each)
@@ -312,11 +327,19 @@ def judged(
             each.mean(),
             (low, high),
             low > 0 or high < 0,
-            low > -bound and high < bound,
+            low > -bound and high < bound and low < 0 < high,
             seeds_needed(each.mean(), sd),
             f"slope of {value} on λ, pre-trained − randomized",
         )
     return pd.DataFrame(rows)
+
+
+def _best(wide: pd.DataFrame, arms: Sequence[str]) -> pd.Series:
+    """What the best of some settings lowers in each seed, the best by the mean of the other seeds."""
+    lowered = -wide[list(arms)].sub(wide["pretrained, none"], axis=0)
+    others = (lowered.sum() - lowered) / (len(lowered) - 1)
+    best = others.idxmax(axis=1)
+    return pd.Series({seed: lowered.loc[seed, best[seed]] for seed in lowered.index})
 
 
 def _interval(each: pd.Series) -> tuple[float, float, float]:
