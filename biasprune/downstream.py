@@ -42,7 +42,8 @@ def shares_of_women(what: str = "occupations") -> pd.Series:
 
 
 def biographies(n: int, seed: int, *, specific: float = 0.3, split: str = "train") -> pd.DataFrame:
-    """Short biographies by our own generator: equally many of 15 occupations, women by their published share.
+    """Short biographies by our own generator: equally many of 15 occupations, women by their published share
+    (in turn, so that few biographies have it too).
 
     Each says two things that people of the occupation do. Either is drawn with probability ``specific`` from
     those that no other occupation does, else from those that several do; where both are shared, only
@@ -65,10 +66,11 @@ def biographies(n: int, seed: int, *, specific: float = 0.3, split: str = "train
         for o in share.index
     }
     slots = {s: own["text"].to_numpy() for s, own in fillers.groupby("slot")}
-    rows = []
+    rows, begin = [], dict(zip(share.index, rng.random(len(share)), strict=True))
     for i in range(n):
-        occupation = share.index[i % len(share)]
-        group = GROUPS[int(rng.random() >= share[occupation])]
+        occupation, turn = share.index[i % len(share)], i // len(share)
+        s, u = share[occupation], begin[occupation]
+        group = GROUPS[int(np.floor((turn + 1) * s + u) == np.floor(turn * s + u))]
         said: list[int] = []
         while len(said) < 2:
             own = pools[occupation][int(rng.random() >= specific)]
@@ -292,10 +294,12 @@ def co_occurrence(
 
 
 def some(table: pd.DataFrame, split: str, n: int, seed: int = 0) -> pd.DataFrame:
-    """At most n rows of a split, equally many of every class as far as there are so many."""
+    """At most n rows of a split: equally many of every class if there are so many, groups by their share."""
     own = table[table["split"] == split].sample(frac=1, random_state=seed)
+    both = own.groupby(["label", "group"])["text"]
+    own = own.assign(part=(both.cumcount() + 0.5) / both.transform("size")).sort_values("part", kind="stable")
     rank = own.groupby("label").cumcount().sort_values(kind="stable")
-    return own.loc[rank.index[:n]].sort_index().reset_index(drop=True)
+    return own.loc[rank.index[:n]].drop(columns="part").sort_index().reset_index(drop=True)
 
 
 def load(name: str, *, train: int, dev: int, test: int, seed: int = 0) -> pd.DataFrame:

@@ -107,7 +107,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path):
 def test_seeds_differ_and_the_model_learns(tmp_path):
     own = downstream.load("biographies", train=1500, dev=150, test=600)
     own = own[own["label"].isin(["nurse", "surgeon", "teacher"])]
-    recipe = classify.Recipe(epochs=3, learning_rate=2e-3, batch=32, length=96)
+    recipe = classify.Recipe(epochs=8, learning_rate=2e-3, batch=32, length=96, patience=8)
     one, two = (
         classify.cell("tiny-bert", classify.Setting(), *parts(own), recipe, seed=s, folder=tmp_path / str(s))
         for s in (1, 2)

@@ -19,7 +19,9 @@ def test_biographies_have_the_published_shares(bios):
     expected = downstream.shares_of_women()
     assert set(share.index) == set(expected.index) and len(expected) >= 12
     assert bios["label"].value_counts().tolist() == [400] * 15
-    assert (share - expected[share.index]).abs().max() < 4 * np.sqrt(0.25 / 400)
+    assert (share - expected[share.index]).abs().max() <= 1 / 400
+    few = downstream.biographies(450, seed=7).groupby(["label", "group"]).size().unstack(fill_value=0)
+    assert few.min().min() >= 2, "of thirty biographies two or more of either gender"
     assert bios["text"].nunique() > 5900 and not bios["text"].str.contains(r"[{}]").any()
 
 
@@ -150,6 +152,7 @@ def test_fields_of_bold():
     assert set(table["split"]) == {"train", "dev", "test"}
     some = downstream.some(table, "train", 280)
     assert some["label"].value_counts().tolist() == [20] * 14
+    assert some.groupby(["label", "group"]).size().unstack(fill_value=0).min().min() >= 1
     clean = downstream.scrubbed(table)
     assert clean["text"].str.startswith(("_", "This is what _", "It is _", "For years _")).mean() > 0.99
 
