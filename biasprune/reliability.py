@@ -80,6 +80,16 @@ def spearman_brown(r: ArrayLike, factor: float) -> np.ndarray:
     return factor * r / (1 + (factor - 1) * r)
 
 
+def _prepared(
+    values: ArrayLike, buckets: Sequence[str], sizes: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Values and sizes as arrays, groups' names by prompt, and the prompts of every group."""
+    values = np.asarray(values, dtype=float)
+    sizes = np.ones_like(values) if sizes is None else np.asarray(sizes, dtype=float)
+    names = np.asarray(buckets, dtype=str)
+    return values, sizes, names, [np.flatnonzero(names == g) for g in np.unique(names)]
+
+
 def half_scores(
     values: ArrayLike,
     buckets: Sequence[str],
@@ -106,10 +116,7 @@ def half_scores(
     ValueError
         If a group has fewer than two prompts.
     """
-    values = np.asarray(values, dtype=float)
-    sizes = np.ones_like(values) if sizes is None else np.asarray(sizes, dtype=float)
-    names = np.asarray(buckets, dtype=str)
-    groups = [np.flatnonzero(names == g) for g in np.unique(names)]
+    values, sizes, names, groups = _prepared(values, buckets, sizes)
     if small := [names[g[0]] for g in groups if len(g) < 2]:
         raise ValueError(f"groups with a single prompt can't be halved: {', '.join(small)}.")
     rng = np.random.default_rng(seed)
@@ -179,11 +186,9 @@ def growth(
     ValueError
         If a group has fewer than two prompts.
     """
-    values = np.asarray(values, dtype=float)
-    sizes = np.ones_like(values) if sizes is None else np.asarray(sizes, dtype=float)
-    names, n = np.asarray(buckets, dtype=str), values.shape[1]
+    values, sizes, names, groups = _prepared(values, buckets, sizes)
+    n = values.shape[1]
     weights = np.full(n, 1 / n) if weights is None else np.asarray(weights, dtype=float)
-    groups = [np.flatnonzero(names == g) for g in np.unique(names)]
     rng, rows = np.random.default_rng(seed), []
     for count in sorted({min(c, n) for c in counts}):
         each = [min(len(g), max(2, round(count * len(g) / n))) for g in groups]

@@ -181,14 +181,14 @@ critical = first["ppl_without"].rank(method="first") > len(first) - int(axes_gam
 among = {"all heads": np.ones(len(first), dtype=bool), "non-critical heads": ~critical.to_numpy()}
 
 
-def related(name: str, which: str, method: str) -> pd.DataFrame:
+def related(name: str, which: str) -> pd.DataFrame:
     own = {a: e.of_heads(among[which]) for a, e in measures[name].items()}
-    table = biases.correlations(own, method=method, n_splits=n_splits)
-    said = biases.verdicts(table, biases.reliabilities(own, n_splits=n_splits))
-    return said.assign(measure=name, which=which)
+    known = biases.reliabilities(own, n_splits=n_splits)
+    tables = [biases.correlations(own, method=m, n_splits=n_splits) for m in ("spearman", "pearson")]
+    return pd.concat([biases.verdicts(t, known) for t in tables]).assign(measure=name, which=which)
 
 
-kinds = [(n, w, m) for n in measures for w in among for m in ("spearman", "pearson")]
+kinds = [(n, w) for n in measures for w in among]
 pairs = run.frame("correlations", lambda: pd.concat([related(*k) for k in kinds], ignore_index=True))
 columns = [
     "measure",

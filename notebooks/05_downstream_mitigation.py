@@ -51,6 +51,7 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 
 # %%
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +171,16 @@ slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["ne
 
 
 # %%
+@cache  # what is done to the data comes later
+def before(d: str, upstream: str, scale: float, seed: int) -> pd.Series:
+    labels = sorted(tables[d, seed]["label"].unique())
+    return classify.before(classifier, classify.Setting(upstream=upstream, scale=scale), labels, seed)
+
+
 def gaps_of(d: str, at: classify.Setting, seed: int) -> pd.DataFrame:
     found, _ = classify.rates(done[d, at.name, seed], least_texts)
     train, _, _ = mitigation.prepared(tables[d, seed], at, seed)
-    before = classify.before(classifier, at, sorted(train["label"].unique()), seed)
-    own = found[["label", "gap"]].assign(share=found["label"].map(mitigation.women(train)), intrinsic=found["label"].map(before))  # fmt: skip
+    own = found[["label", "gap"]].assign(share=found["label"].map(mitigation.women(train)), intrinsic=found["label"].map(before(d, at.upstream, at.scale, seed)))  # fmt: skip
     return own.assign(data_name=d, upstream=at.upstream, data=at.data, setting=at.name, seed=seed)
 
 
