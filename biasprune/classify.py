@@ -304,7 +304,9 @@ def predict(
     found = np.empty(len(rows), dtype=int)
     for some in np.array_split(order, -(-len(rows) // (4 * recipe.batch))):
         batch = tokenizer.pad({"input_ids": [rows[i]["input_ids"] for i in some]}, return_tensors="pt")
-        found[some] = model(**batch.to(model.device)).logits.argmax(-1).cpu().numpy()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
+            logits = model(**batch.to(model.device)).logits
+        found[some] = logits.argmax(-1).cpu().numpy()
     return np.array(labels)[found]
 
 
@@ -363,14 +365,15 @@ def cell(
     Returns
     -------
     DataFrame
-        label, group, predicted, per test text.
+        label, group, predicted, and pair if there is such a column, per test text.
     """
     labels = sorted(train["label"].unique())
     model, tokenizer = changed(name, at, labels, seed)
     trainer = fine_tune(model, tokenizer, train, dev, labels, recipe, seed=seed, folder=folder)
     found = predict(trainer.model, tokenizer, test, labels, recipe)
     shutil.rmtree(folder, ignore_errors=True)
-    return test[["label", "group"]].reset_index(drop=True).assign(predicted=found)
+    kept = [c for c in ("label", "group", "pair") if c in test]
+    return test[kept].reset_index(drop=True).assign(predicted=found)
 
 
 # ---- bias of a classifier ---------------------------------------------------------------------------
@@ -379,16 +382,22 @@ def cell(
 def rates(predicted: pd.DataFrame, least: int = 30) -> tuple[pd.DataFrame, list[str]]:
     """True positive rate of every class and group.
 
+    Parameters
+    ----------
+    predicted
+        label, group, predicted; with pair, the same texts in both genders: gaps are then read pair by pair.
+
     Returns
     -------
     (table, left_out)
-        table: label, n_female, n_male, tpr_female, tpr_male, gap (TPR of women − TPR of men). left_out:
-        classes with fewer than ``least`` test texts of one group.
+        table: label, n_female, n_male, tpr_female, tpr_male, gap (TPR of women − TPR of men), variance (of
+        the gap, by drawing the test texts; unbiased), differ (pairs of which one is right and one wrong; NaN
+        without pairs). left_out: classes with fewer than ``least`` test texts of one group.
 
     Raises
     ------
     ValueError
-        If no class is left.
+        If no class is left, or a pair isn't one text of either group.
     """
     frame = MetricFrame(
         metrics={"tpr": accuracy_score, "n": lambda y, p: len(y)},
@@ -398,13 +407,33 @@ def rates(predicted: pd.DataFrame, least: int = 30) -> tuple[pd.DataFrame, list[
         control_features=predicted["label"],  # accuracy within a class is its true positive rate
     ).by_group.unstack()
     table = pd.DataFrame({f"{m}_{g}": frame[m].get(g) for m in ("n", "tpr") for g in GROUPS})
-    table = table.rename_axis("label").reset_index()
     enough = (table[["n_female", "n_male"]].fillna(0) >= least).all(axis=1)
     if not enough.any():
         raise ValueError(f"no class has {least} test texts of either group: take more, or a smaller `least`.")
-    left_out = sorted(table.loc[~enough, "label"])
-    table = table[enough].reset_index(drop=True)
-    return table.assign(gap=(table["tpr_female"] - table["tpr_male"]).astype(float)), left_out
+    table = table.assign(gap=(table["tpr_female"] - table["tpr_male"]).astype(float), differ=np.nan)
+    if "pair" in predicted:
+        right = (predicted["predicted"] == predicted["label"]).astype(float)
+        by = predicted.assign(right=right).set_index(["label", "pair", "group"])["right"]
+        if not by.index.is_unique or (wide := by.unstack()).reindex(columns=GROUPS).isna().any(axis=None):
+            raise ValueError("every pair needs one text of a woman and one of a man.")
+        each = (wide["female"] - wide["male"]).groupby("label")
+        table = table.assign(variance=each.var() / each.size(), differ=each.agg(lambda d: (d != 0).sum()))
+    else:
+        table["variance"] = sum(
+            table[f"tpr_{g}"] * (1 - table[f"tpr_{g}"]) / (table[f"n_{g}"] - 1).clip(lower=1) for g in GROUPS
+        ).astype(float)
+    return table[enough].rename_axis("label").reset_index(), sorted(table.index[~enough])
+
+
+def _without_gaps(table: pd.DataFrame, rng: np.random.Generator, times: int) -> np.ndarray:
+    """Gaps that drawing test texts gives where no class has one: (times, classes)."""
+    n = table[["n_female", "n_male"]].to_numpy().astype(int)
+    if table["differ"].notna().all():  # which of two texts that differ is the right one, is a coin's toss
+        differ = table["differ"].to_numpy().astype(int)
+        return (2 * rng.binomial(differ, 0.5, size=(times, len(n))) - differ) / n[:, 0]
+    same = ((table[["tpr_female", "tpr_male"]].to_numpy() * n).sum(1) / n.sum(1)).clip(0, 1)
+    drawn = rng.binomial(n[None], same[None, :, None], size=(times, *n.shape)) / n
+    return drawn[..., 0] - drawn[..., 1]
 
 
 def summary(table: pd.DataFrame, share: pd.Series, *, n_boot: int = 500, seed: int = 0) -> dict[str, float]:
@@ -419,20 +448,14 @@ def summary(table: pd.DataFrame, share: pd.Series, *, n_boot: int = 500, seed: i
         mean_gap (mean |gap|), r (correlation of gaps with the share of women), slope (gap per share).
     """
     gap, x = table["gap"].to_numpy(), share[table["label"]].to_numpy()
-    rng = np.random.default_rng(seed)
-    n = table[["n_female", "n_male"]].to_numpy().astype(int)
-    same = ((table[["tpr_female", "tpr_male"]].to_numpy() * n).sum(1) / n.sum(1)).clip(0, 1)
-    drawn = rng.binomial(n[None], same[None, :, None], size=(n_boot, *n.shape)) / n
-    floor = np.sqrt(((drawn[..., 0] - drawn[..., 1]) ** 2).mean(1))
-    tpr = table[["tpr_female", "tpr_male"]].to_numpy().astype(float)
-    sampling = (tpr * (1 - tpr) / np.maximum(n - 1, 1)).sum(1)
+    floor = np.sqrt((_without_gaps(table, np.random.default_rng(seed), n_boot) ** 2).mean(1))
     rms = float(np.sqrt((gap**2).mean()))
     varies = gap.std() > 0 and x.std() > 0
     return {
         "rms": rms,
         "rms_floor": float(floor.mean()),
-        "p": float((1 + (floor >= rms).sum()) / (1 + n_boot)),
-        "excess": float((gap**2 - sampling).mean()),
+        "p": float((1 + (floor >= rms - 1e-12).sum()) / (1 + n_boot)),
+        "excess": float((gap**2 - table["variance"]).mean()),
         "mean_gap": float(np.abs(gap).mean()),
         "r": float(np.corrcoef(gap, x)[0, 1]) if varies else np.nan,
         "slope": float(np.polyfit(x, gap, 1)[0]) if varies else np.nan,

