@@ -33,8 +33,6 @@ classifier: str = "tiny-bert"  # minilm (packaged encoder), a packaged decoder, 
 class_data: list = ["biographies"]  # biographies, bold, LabHC/bias_in_bios, or a folder with its files
 class_train: int = 900  # training texts, at most; equally many per class
 class_test: int = 1500  # test texts, at most (biographies, bold: in pairs, as a woman and a man)
-    1500  # test texts, at most; of biographies and bold, half of them women's, half the same as men's
-)
 bold_words: int = 0  # sentences of bold are cut after so many words; 0 leaves them whole
 class_dev: int = 150  # texts that choose the epoch, at most
 upstreams: list = ["pretrained", "randomized", "perturbed", "debiased"]  # interventions on the model
