@@ -250,18 +250,22 @@ def test_planted_neurons_are_pruned(monkeypatch):
     assert (pronouns.slopes(net, of, "units")[everything] > 0).all() and 300 < everything.sum() < 700
 
 
-def test_neurons_are_a_set_difference():
+def test_neurons_are_a_set_difference(monkeypatch):
     net = lm.load("tiny-gpt2", device="cpu")
     of, rest = pronouns.pairs(net, FEW), prose(net)
-    got = pronouns.pruning(net, "neurons", 0.1, rest, of)
 
     def top(x: weightscores.Examples, layer: int, n: int) -> set[int]:
         return set(weightscores.part_snip(net, x)[layer].argsort()[-n:].tolist())
 
-    for layer in range(4):
-        expected = top(of.stereotyped, layer, 25) - top(of.other, layer, 25) - top(rest, layer, 2)
-        assert set(got.units[layer].nonzero()[:, 0].tolist()) == expected
-    assert len(got) > 0
+    sizes = []
+    for share, k in ((0.01, 2), (0.4, 102)):
+        monkeypatch.setattr(pronouns, "PROTECT", share)
+        got = pronouns.pruning(net, "neurons", 0.1, rest, of)
+        for layer in range(4):
+            expected = top(of.stereotyped, layer, 25) - top(of.other, layer, 25) - top(rest, layer, k)
+            assert set(got.units[layer].nonzero()[:, 0].tolist()) == expected
+        sizes.append(len(got))
+    assert sizes[0] > sizes[1] > 0, "prose must matter for this to be a test"
     with pytest.warns(UserWarning, match="selects nothing"):
         assert len(pronouns.pruning(net, "neurons", 0.004, rest, of)) == 0
 
