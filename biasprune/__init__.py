@@ -7,7 +7,8 @@ come out again, ``published`` reads the paper's own scores, ``biases`` compares 
 several heads at once, ``likelihood`` measures bias without sampling. ``audit`` asks the same question about
 people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
 the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
-texts to classify and changes of them, ``classify`` fine-tunes, ``mitigation`` is the grid of both.
+texts to classify and changes of them, ``toxicity`` those about groups of people, ``classify`` fine-tunes,
+``mitigation`` is the grid of both.
 ``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
 ``speed`` is the benchmark.
 
@@ -22,7 +23,7 @@ _MODULES = (
     *("ablate", "answers", "audit", "biases", "classify", "decode", "downstream", "experiment"),
     *("fetch", "figures", "gaps", "headscores", "joint", "judge", "likelihood", "lm", "measure"),
     *("mitigation", "progress", "prompts", "published", "record", "reliability", "select", "speed"),
-    *("transfer", "weightscores"),
+    *("toxicity", "transfer", "weightscores"),
 )
 
 
