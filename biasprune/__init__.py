@@ -7,8 +7,9 @@ come out again, ``published`` reads the paper's own scores, ``biases`` compares 
 several heads at once, ``likelihood`` measures bias without sampling. ``audit`` asks the same question about
 people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
 the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
-texts to classify and changes of them, ``classify`` fine-tunes, ``pronouns`` measures a model's bias before
-that and prunes against it, ``mitigation`` is the grid of both.
+texts to classify and changes of them, ``toxicity`` those about groups of people, ``classify`` fine-tunes,
+``pronouns`` measures a model's bias before that and prunes against it, ``mitigation`` is the grid of both,
+``yardstick`` puts heads, neurons and fine-tuning data side by side.
 ``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
 ``speed`` is the benchmark.
 
@@ -23,7 +24,7 @@ _MODULES = (
     *("ablate", "answers", "audit", "biases", "classify", "decode", "downstream", "experiment"),
     *("fetch", "figures", "gaps", "headscores", "joint", "judge", "likelihood", "lm", "measure"),
     *("mitigation", "progress", "prompts", "pronouns", "published", "record", "reliability", "select"),
-    *("speed", "transfer", "weightscores"),
+    *("speed", "toxicity", "transfer", "weightscores", "yardstick"),
 )
 
 
