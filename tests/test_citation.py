@@ -53,6 +53,9 @@ def test_the_software():
     assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", CITED["date-released"]), "a date in quotes"
     assert all(isinstance(k, str) for k in CITED["keywords"])
     people(CITED["authors"])
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{biasprune.__version__}] - {CITED['date-released']}" in changes
+    assert changes.index("## [Unreleased]") < changes.index(f"## [{biasprune.__version__}]")
 
 
 def test_the_three_papers():
