@@ -23,7 +23,9 @@ verdicts themselves are read from the records below reports/ and never typed. It
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pyarrow import ArrowInvalid
@@ -204,7 +206,7 @@ def _selected(claim: dict, folder: Path, about: str) -> pd.DataFrame:
     return _evaluated(lambda: table.query(claim["row"], engine="python"), claim["row"], table, about)
 
 
-def _evaluated(call, expression: str, table: pd.DataFrame, about: str):  # noqa: ANN001, ANN202
+def _evaluated(call: Callable[[], Any], expression: str, table: pd.DataFrame, about: str) -> Any:
     """The result of a pandas expression, or an error that says which one and what columns there are."""
     try:
         return call()
