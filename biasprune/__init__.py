@@ -9,9 +9,9 @@ people of two groups, ``answers`` reads off the distribution of what it would an
 the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
 texts to classify and changes of them, ``toxicity`` those about groups of people, ``classify`` fine-tunes,
 ``pronouns`` measures a model's bias before that and prunes against it, ``mitigation`` is the grid of both,
-``yardstick`` puts heads, neurons and fine-tuning data side by side.
-``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
-``speed`` is the benchmark.
+``yardstick`` puts heads, neurons and fine-tuning data side by side. ``experiment`` turns head sets into
+tables, ``figures`` tables into figures, ``record`` keeps a run, ``batch`` runs many, ``ledger`` sets them
+beside what the papers claim, ``crate`` exports them, and ``speed`` is the benchmark.
 
 The modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
 """
@@ -21,10 +21,10 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
 _MODULES = (
-    *("ablate", "answers", "audit", "biases", "classify", "decode", "downstream", "experiment"),
-    *("fetch", "figures", "gaps", "headscores", "joint", "judge", "likelihood", "lm", "measure"),
-    *("mitigation", "progress", "prompts", "pronouns", "published", "record", "reliability", "select"),
-    *("speed", "toxicity", "transfer", "weightscores", "yardstick"),
+    *("ablate", "answers", "audit", "batch", "biases", "classify", "crate", "decode", "downstream"),
+    *("experiment", "fetch", "figures", "gaps", "headscores", "joint", "judge", "ledger", "likelihood", "lm"),
+    *("measure", "mitigation", "progress", "prompts", "pronouns", "published", "record", "reliability"),
+    *("select", "speed", "toxicity", "transfer", "weightscores", "yardstick"),
 )
 
 

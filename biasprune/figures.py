@@ -614,6 +614,48 @@ def additive(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def verdicts(table: pd.DataFrame, order: Sequence[str]) -> Figure:
+    """Number of verdicts in the ledger of claims (``ledger.build``): a panel per paper, a bar per run.
+
+    Verdicts stack in the given order. Claims without any run share the last bar.
+    """
+    looks = [("black", ""), ("dimgrey", "//"), ("white", "xx"), ("lightgrey", ""), ("white", "..")]
+    style = dict(zip(order, looks, strict=True))
+    run = table["parameters"].where(table["parameters"] != "", "no run")
+    counts = table.groupby(["paper", run, "verdict"], sort=False).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=list(order), fill_value=0)
+    counts = counts.sort_index(level=1, key=lambda names: names == "no run", sort_remaining=False)
+    papers = list(table["paper"].unique())
+    heights = [len(counts.loc[p]) for p in papers]
+    figure, axes = plt.subplots(
+        len(papers),
+        1,
+        squeeze=False,
+        height_ratios=heights,
+        figsize=(8, 0.42 * sum(heights) + 0.7 * len(papers)),
+    )
+    for axis, paper in zip(axes[:, 0], papers, strict=True):
+        own = counts.loc[paper]
+        left = np.zeros(len(own))
+        for verdict in order:
+            colour, hatch = style[verdict]
+            n = own[verdict].to_numpy()
+            bars = axis.barh(
+                own.index, n, left=left, color=colour, hatch=hatch, edgecolor="black", label=verdict
+            )
+            box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"}
+            axis.bar_label(bars, [str(x) if x else "" for x in n], label_type="center", fontsize=8, bbox=box)
+            left += n
+        axis.set_title(paper, fontsize=10, loc="left")
+        axis.invert_yaxis()
+        axis.set_xlim(0, counts.sum(axis=1).max() * 1.02)
+        axis.grid(visible=False, axis="y")
+    axes[-1, 0].set_xlabel("claims × cases, by parameter file of the run")
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.tight_layout()
+    return figure
+
+
 def one_shot_or_greedy(table: pd.DataFrame) -> Figure:
     """Change of bias (%) and perplexity against the number of heads removed, per way of choosing them."""
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.5, 5.4))

@@ -118,7 +118,7 @@ def planted() -> lm_module.LM:
 
 @pytest.fixture(scope="session")
 def published() -> Path:
-    """Folder of the papers' published results; see CONTRIBUTING in the README for how to get them."""
+    """Folder of the papers' published results; see CONTRIBUTING.md for how to get them."""
     folder = os.environ.get("BIASPRUNE_PUBLISHED")
     if not folder:
         pytest.skip("BIASPRUNE_PUBLISHED names no folder with the published results")
