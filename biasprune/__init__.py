@@ -8,8 +8,8 @@ several heads at once, ``likelihood`` measures bias without sampling. ``audit`` 
 people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
 the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
 texts to classify and changes of them, ``classify`` fine-tunes, ``mitigation`` is the grid of both.
-``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run, and
-``speed`` is the benchmark.
+``experiment`` turns head sets into tables, ``figures`` tables into figures, ``record`` keeps a run,
+``batch`` runs grids of notebooks, and ``speed`` is the benchmark.
 
 The modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
 """
@@ -19,7 +19,7 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
 _MODULES = (
-    *("ablate", "answers", "audit", "biases", "classify", "decode", "downstream", "experiment"),
+    *("ablate", "answers", "audit", "batch", "biases", "classify", "decode", "downstream", "experiment"),
     *("fetch", "figures", "gaps", "headscores", "joint", "judge", "likelihood", "lm", "measure"),
     *("mitigation", "progress", "prompts", "published", "record", "reliability", "select", "speed"),
     *("transfer", "weightscores"),
