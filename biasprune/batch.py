@@ -59,6 +59,7 @@ from papermill.iorw import load_notebook_node
 from biasprune import fetch, progress, record
 
 STAMP = "batch.json"
+_PAPERMILL = [sys.executable, "-m", "papermill"]
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 
 
@@ -342,7 +343,7 @@ def execute(
         given.write_text(yaml.safe_dump({**values, "out": target.as_posix()}))
         log.touch()
         executed = target.parent / notebook.name
-        command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "-f", str(given)]
+        command = [*_PAPERMILL, str(notebook), str(executed), "-f", str(given)]
         command += ["--no-progress-bar", "--cwd", str(Path.cwd())]
         errors = Path(scratch) / "errors"
         variables = {**os.environ, **(environment or {}), progress.FILE: str(log)}
@@ -534,7 +535,7 @@ def _elsewhere(executor: Any, jobs: list[Job]) -> None:
     try:
         for job, handle in zip(jobs, handles, strict=True):
             problem = handle.exception()
-            if problem is not None and not job.state():  # died without a word of its own
+            if problem is not None and _json(job.folder / STAMP).get("finished", 0) < since:
                 job.stamp(f"{type(problem).__name__}: {problem}", since)
             print(f"{job.name}: {job.state()}", file=sys.stderr)
     except BaseException:
@@ -561,7 +562,7 @@ def summary(jobs: list[Job], before: set[str]) -> pd.DataFrame:
 
 
 def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
-    """Do what is missing of a grid; the number of failed runs.
+    """Do what is missing of a grid; the number of runs that failed.
 
     ``dry`` only lists. ``submit`` is submitit's name of a cluster: slurm, local (processes on this machine,
     all at once), debug (in this process). Otherwise runs are done here, one per device and worker. Stopped
@@ -594,8 +595,8 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
         table = summary(jobs, before)
         record.write_text(grid.out / "batch.csv", table.to_csv(index=False))
         print(table.drop(columns="error").to_string(index=False, max_colwidth=70, na_rep="–"))
-    for row in table[table["status"] == "failed"].itertuples():
-        print(
-            f"FAILED {row.run}: {row.error}\n  executed notebook: {grid.out / row.run}.ipynb", file=sys.stderr
-        )
-    return int((table["status"] == "failed").sum())
+    left = table[table["status"].isin(["failed", "to do"])]
+    for row in left.itertuples():
+        why = row.error or "the code was changed while it ran; start again"
+        print(f"FAILED {row.run}: {why}\n  executed notebook: {grid.out / row.run}.ipynb", file=sys.stderr)
+    return len(left)
