@@ -1,142 +1,40 @@
-"""Run the notebooks in batch: ``python -m biasprune run --params smollm2 --out reports``."""
+"""Run the notebooks in batch.
+
+``biasprune run GRID.yaml`` does a grid of runs (see ``biasprune.batch``), and
+``python -m biasprune run --params smollm2 --out reports`` every notebook with a parameter file.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
-import yaml
-from papermill.iorw import load_notebook_node
-from papermill.utils import find_first_tagged_cell_index
 
-from biasprune import progress, record
-
-NOTEBOOKS = record.ROOT / "notebooks"
-
-
-def parameters_of(notebook: Path) -> set[str]:
-    """Names that a notebook's parameters cell defines."""
-    node = load_notebook_node(str(notebook))
-    cell = node.cells[find_first_tagged_cell_index(node, "parameters")]
-    return set(re.findall(r"^(\w+)\s*:", cell.source, re.MULTILINE))
-
-
-def read_parameters(name: str) -> dict:
-    """A parameter file: a name in notebooks/params, or a path.
-
-    Raises
-    ------
-    SystemExit
-        No such file, or it isn't a mapping. The message says what there is.
-    """
-    path = next((p for p in (Path(name), NOTEBOOKS / "params" / f"{name}.yaml") if p.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(p.stem for p in (NOTEBOOKS / "params").glob("*.yaml")))
-        sys.exit(f"No parameter file {name!r}. Known: {known}; or give the path of a YAML file.")
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        sys.exit(f"{path} must map parameter names to values.")
-    return values
-
-
-def execute(notebook: Path, values: dict, target: Path) -> int:
-    """One notebook by papermill in a process of its own, its progress shown here; the exit code."""
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        given, log = Path(scratch) / "parameters.yaml", Path(scratch) / "progress"
-        given.write_text(yaml.safe_dump(values))
-        log.touch()
-        executed = target.parent / notebook.name
-        command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "-f", str(given)]
-        command += ["--no-progress-bar", "--cwd", str(Path.cwd())]
-        errors = Path(scratch) / "errors"
-        environment = {**os.environ, progress.FILE: str(log)}
-        for attempt in (1, 2):
-            with errors.open("w") as e:
-                process = subprocess.Popen(command, stderr=e, env=environment)
-                try:
-                    _show(process, log)
-                finally:  # stopped: the notebook stops too, and its kernel with it
-                    if process.poll() is None:
-                        process.terminate()
-                        process.wait()
-            # the one failure that a second try mends: another process took the kernel's port
-            if process.returncode == 0 or "Address already in use" not in errors.read_text() or attempt == 2:
-                break
-        if process.returncode:
-            print(errors.read_text(), file=sys.stderr)
-        if executed.exists():
-            _without_paths(executed, target)
-    return process.returncode
-
-
-def _show(process: subprocess.Popen, log: Path) -> None:
-    """The last progress line, every few seconds on a terminal and twice a minute in a log file."""
-    terminal = sys.stderr.isatty()
-    last = time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.5)
-        if time.monotonic() - last > (2 if terminal else 30):
-            last = time.monotonic()
-            lines = [x for x in re.split(r"[\r\n]", log.read_text(errors="replace")) if x.strip()]
-            if lines:
-                print(
-                    f"\r  {lines[-1][:100]:<100}", end="" if terminal else "\n", file=sys.stderr, flush=True
-                )
-    if terminal:
-        print(f"\r{'':<102}\r", end="", file=sys.stderr)
-
-
-def _without_paths(executed: Path, target: Path) -> None:
-    """Take what names paths of this machine out of an executed notebook.
-
-    Metadata, library warnings, and the folder that holds the output folder, which papermill writes into the
-    parameters: of ``target`` the last three parts stay.
-    """
-    node = nbformat.read(executed, as_version=4)
-    for cell in node.cells:
-        if "outputs" in cell:
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    for key in ("input_path", "output_path", "environment_variables"):
-        node.metadata.get("papermill", {}).pop(key, None)
-    shown = Path(*target.parts[-3:]).as_posix()
-    text = nbformat.writes(node).replace(target.as_posix(), shown)
-    record.write_text(executed, text + "\n")
+from biasprune import batch, record
+from biasprune.batch import execute
+from biasprune.batch import parameters_of as parameters_of
+from biasprune.batch import read_parameters as read_parameters
 
 
 def run(names: list[str], out: Path, only: list[str]) -> int:
     """Run notebooks with parameter files and write the report; the number of failures."""
-    notebooks = [n for n in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if not only or n.stem in only]
-    if not notebooks:
-        known = ", ".join(n.stem for n in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
-        sys.exit(f"No such notebook: {', '.join(only)}. Known: {known}.")
-    accepted = {n: parameters_of(n) for n in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
-    jobs = []
-    for name in names:  # everything is checked before anything starts
-        values = read_parameters(name)
-        if unknown := sorted(set(values) - set().union(*accepted.values())):
-            sys.exit(f"{name}: no notebook knows the parameters {', '.join(unknown)}.")
-        jobs += [(n, name, {k: v for k, v in values.items() if k in accepted[n]}) for n in notebooks]
     failed = 0
-    for notebook, name, values in jobs:
-        target = out / Path(name).stem / notebook.stem
-        print(f"{notebook.stem} with {Path(name).stem} → {target}", file=sys.stderr)
+    # everything is checked before anything starts
+    for job in batch.plan(batch.Grid(notebooks=only or list(batch.notebooks()), params=names, out=out)):
+        print(f"{job.notebook.stem} with {job.folder.parent.name} → {job.folder}", file=sys.stderr)
         start = time.monotonic()
-        code = execute(notebook, {**values, "out": target.as_posix()}, target)
+        error = execute(job.notebook, job.values, job.folder)
         minutes = (time.monotonic() - start) / 60
-        print(f"  {'FAILED' if code else 'done'} after {minutes:.1f} min", file=sys.stderr)
-        failed += code != 0
+        print(f"{error}\n  FAILED" if error else "  done", f"after {minutes:.1f} min", file=sys.stderr)
+        failed += error != ""
     report(out)
     return failed
 
@@ -217,19 +115,32 @@ def report(out: Path) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda given, _: sys.exit(128 + given))
     parser = argparse.ArgumentParser(prog="biasprune", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="execute notebooks with parameter files")
-    runner.add_argument("--params", nargs="+", required=True, help="names in notebooks/params, or YAML files")
-    runner.add_argument("--out", type=Path, default=Path("reports"), help="folder for the results")
-    runner.add_argument("--notebook", nargs="*", default=[], help="notebooks to run; all by default")
+    runner = commands.add_parser("run", help="execute notebooks: a grid of runs, or with parameter files")
+    runner.add_argument("grid", nargs="?", help="YAML file of a grid, or a name in notebooks/grids")
+    runner.add_argument("--dry-run", action="store_true", help="list the grid's runs, and start nothing")
+    runner.add_argument("--submit", choices=["slurm", "local", "debug"], help="the grid through submitit")
+    runner.add_argument("--params", nargs="+", help="names in notebooks/params, or YAML files")
+    runner.add_argument("--notebook", nargs="*", help="with --params, notebooks to run; all by default")
+    runner.add_argument("--out", type=Path, help="folder for the results, instead of reports or the grid's")
     reporter = commands.add_parser("report", help="write the report from run records again")
     reporter.add_argument("--out", type=Path, default=Path("reports"))
     args = parser.parse_args()
-    if args.command == "run":
-        sys.exit(run(args.params, args.out, args.notebook) > 0)
-    report(args.out)
+    if args.command == "report":
+        return report(args.out)
+    if args.params and not (args.grid or args.dry_run or args.submit):
+        sys.exit(run(args.params, args.out or Path("reports"), args.notebook or []) > 0)
+    if not args.grid or args.params or args.notebook:
+        runner.error("give a grid, with --dry-run or --submit if wanted, or --params with --notebook")
+    grid = batch.read_grid(args.grid)
+    grid = replace(grid, out=args.out or grid.out)
+    failed = batch.run(grid, dry=args.dry_run, submit=args.submit or "")
+    if not args.dry_run:
+        report(grid.out)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "seaborn", "papermill")
 
 
+def notebooks_dir() -> Path:
+    """The repository's folder of notebooks: $BIASPRUNE_NOTEBOOKS, or the one beside the package."""
+    return Path(os.environ.get("BIASPRUNE_NOTEBOOKS") or ROOT / "notebooks")
+
+
 def slug(name: str) -> str:
     """A name that is safe as a folder's: 'meta-llama/Llama-2-7b' → 'meta-llama--Llama-2-7b'."""
     return re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.") or "run"
@@ -229,7 +234,7 @@ class Run:
     def __init__(self, folder: str | Path, config: dict[str, Any], notebook: str = "") -> None:
         self.folder = Path(folder)
         self.config = json.loads(json.dumps(config, default=_plain))
-        script = ROOT / "notebooks" / f"{notebook}.py"  # its code decides results too
+        script = notebooks_dir() / f"{notebook}.py"  # its code decides results too
         code = code_sha256() + (script.read_text() if script.is_file() else "")
         self.key = hashlib.sha256((json.dumps(self.config, sort_keys=True) + code).encode()).hexdigest()
         self.started = time.time()
