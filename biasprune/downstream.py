@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -328,11 +329,13 @@ def some(table: pd.DataFrame, split: str, n: int, seed: int = 0) -> pd.DataFrame
     return own.loc[rank.index[:n]].drop(columns="part").sort_index().reset_index(drop=True)
 
 
-def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, words: int = 0) -> pd.DataFrame:
+def load(
+    name: str, *, train: int, dev: int, test: int, seed: int = 0, words: int = 0, specific: float = 0.3
+) -> pd.DataFrame:
     """A table of at most so many texts: "biographies", "bold", or what ``bias_in_bios`` reads.
 
     Of the first two, texts for testing come in both genders (column pair; half as many texts). ``words`` cuts
-    the sentences of "bold".
+    the sentences of "bold", ``specific`` is the share of phrases in "biographies" that tell the occupation.
 
     Raises
     ------
@@ -343,8 +346,9 @@ def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, words: in
     if min(train, dev, test // 2) < 1:
         raise ValueError(f"need one text or more for training and dev, two for testing; got {sizes}.")
     if name == "biographies":
-        parts = [biographies(n, seed + 1000 * i, split=s) for i, (s, n) in enumerate(list(sizes.items())[:2])]
-        parts.append(biographies(test // 2, seed + 2000, split="test", paired=True))
+        make = partial(biographies, specific=specific)
+        parts = [make(train, seed, split="train"), make(dev, seed + 1000, split="dev")]
+        parts.append(make(test // 2, seed + 2000, split="test", paired=True))
     else:
         table = bold_fields(seed, words) if name == "bold" else bias_in_bios(name)
         parts = [some(table, s, n, seed) for s, n in sizes.items()]

@@ -721,3 +721,36 @@ def bias_against_strength(cells: pd.DataFrame, slight: float) -> Figure:
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     return figure
+
+
+def ways(table: pd.DataFrame, costs: pd.DataFrame, contexts: Sequence[str], plain: str) -> Figure:
+    """Bias left by every way in every context (95 %), and perplexity; controls are hollow.
+
+    Parameters
+    ----------
+    table
+        way, context, bias, low, high.
+    costs
+        way, ppl_ratio, control (bool), from top to bottom.
+    """
+    names, y = costs["way"].tolist(), np.arange(len(costs))
+    figure, axes = plt.subplots(
+        1, len(contexts) + 1, sharey=True, figsize=(2.6 * (len(contexts) + 1) + 1.5, 0.42 * len(y) + 1.8)
+    )
+    fill = ["white" if c else "black" for c in costs["control"]]
+    for axis, context in zip(axes, contexts, strict=False):
+        own = table[table["context"] == context].set_index("way").loc[names]
+        axis.hlines(y, own["low"], own["high"], color="black", lw=1.4)
+        axis.scatter(own["bias"], y, s=45, c=fill, edgecolors="black", zorder=3)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.axvline(own.loc[plain, "bias"], color="black", lw=0.8, ls=":")
+        axis.set_title(context, fontsize=11)
+    axes[0].set_yticks(y, names)
+    axes[0].invert_yaxis()
+    axes[len(contexts) // 2].set_xlabel("slope of p(she) on the share of women (dotted: unchanged model)")
+    axes[-1].scatter(costs["ppl_ratio"], y, s=45, marker="s", c=fill, edgecolors="black")
+    axes[-1].axvline(1, color="black", lw=0.8, ls=":")
+    axes[-1].set_title("perplexity", fontsize=11)
+    axes[-1].set_xlabel("× unchanged")
+    figure.tight_layout()
+    return figure

@@ -46,8 +46,14 @@ def _nouns(labels: Sequence[str]) -> list[str]:
     return nouns
 
 
-def _continued(lm: LM, prompts: Sequence[str], responses: Sequence[str]) -> weightscores.Examples:
-    """Prompts and what follows them, tokenised together: some tokenizers write a first word otherwise."""
+def continued(lm: LM, prompts: Sequence[str], responses: Sequence[str]) -> weightscores.Examples:
+    """Prompts and what follows them, tokenised together: some tokenizers write a first word otherwise.
+
+    Raises
+    ------
+    ValueError
+        No prompt, an empty response, or a text longer than the model's context.
+    """
     starts = encode(lm, prompts)
     whole = encode(lm, [p + r for p, r in zip(prompts, responses, strict=True)])
     same = [len(os.path.commonprefix(both)) for both in zip(starts, whole, strict=True)]
@@ -75,7 +81,8 @@ def _log_prob(lm: LM, of: weightscores.Examples, rows: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _log_probs(lm: LM, of: weightscores.Examples, batch_tokens: int) -> np.ndarray:
+def log_probs(lm: LM, of: weightscores.Examples, batch_tokens: int = 2048) -> np.ndarray:
+    """Log-probability (nats) of every example's counted tokens together: (examples,) float64."""
     check_unembedding(lm)
     parts = [_log_prob(lm, of, rows) for rows in _batches(of, batch_tokens)]
     return torch.cat(parts).double().cpu().numpy()
@@ -105,7 +112,7 @@ def ranking(lm: LM, labels: Sequence[str], *, batch_tokens: int = 2048) -> pd.Se
     for p in PRONOUNS:
         before = [f"{f.format(**p)} {article(n)}" for n in nouns for f in FRAMES]
         after = [f" {n}" for n in nouns for _ in FRAMES]
-        sides.append(_log_probs(lm, _continued(lm, before, after), batch_tokens))
+        sides.append(log_probs(lm, continued(lm, before, after), batch_tokens))
     difference = (sides[0] - sides[1]).reshape(len(nouns), len(FRAMES)).mean(1)
     return pd.Series(difference, index=list(labels), name="pronoun ranking")
 
@@ -230,8 +237,14 @@ def pairs(lm: LM, share: pd.Series | None = None) -> Pairs:
     if women.all() or not women.any():
         raise ValueError("all occupations have the same share of women: there is no stereotype to follow.")
     prompts = [p.format(n=n, a=article(n)) for n in nouns for p in PROMPTS]
-    women = np.repeat(women, len(PROMPTS))
-    sides = [_continued(lm, prompts, [" she" if w else " he" for w in x]) for x in (women, ~women)]
+    return paired(lm, prompts, np.repeat(women, len(PROMPTS)))
+
+
+def paired(
+    lm: LM, prompts: Sequence[str], women: np.ndarray, pronouns: tuple[str, str] = (" she", " he")
+) -> Pairs:
+    """Given prompts with both pronouns; ``women`` (prompts,) bool: is the first one the stereotype?"""
+    sides = [continued(lm, prompts, [pronouns[0 if w else 1] for w in x]) for x in (women, ~women)]
     weight = np.where(women, 0.5 / women.sum(), 0.5 / (~women).sum())
     return Pairs(stereotyped=sides[0], other=sides[1], weight=weight)
 
@@ -241,7 +254,7 @@ def bias(lm: LM, of: Pairs, *, batch_tokens: int = 2048) -> float:
 
     Below 0: against the stereotype.
     """
-    own, other = (_log_probs(lm, x, batch_tokens) for x in (of.stereotyped, of.other))
+    own, other = (log_probs(lm, x, batch_tokens) for x in (of.stereotyped, of.other))
     return float(of.weight @ (own - other))
 
 

@@ -15,13 +15,11 @@ from contextlib import contextmanager
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from scipy.special import expit
 
-from biasprune import fetch, select, weightscores
-from biasprune.ablate import Pruning, head_mask, in_halves, masked
+from biasprune import fetch, pronouns, weightscores
 from biasprune.downstream import GROUPS
 from biasprune.lm import LM
-from biasprune.measure import Windows, mean_nll
 from biasprune.progress import bar
 from biasprune.prompts import read_csv
 
@@ -54,25 +52,7 @@ def prompts() -> pd.DataFrame:
 # ---- the measure -------------------------------------------------------------------------------------
 
 
-def _chances(lm: LM, both: weightscores.Examples, rows: Tensor) -> Tensor:
-    """p(woman's pronoun) against the man's, (rows,); texts 2 i and 2 i + 1 are those of prompt i."""
-    of = torch.stack([2 * rows, 2 * rows + 1], 1).flatten()
-    longest = int(both.counted[of].nonzero()[:, 1].max()) + 1
-    ids, counted = both.ids[of, :longest].to(lm.device), both.counted[of, :longest].to(lm.device)
-    total = mean_nll(lm, ids, counted) * counted.sum(1)
-    return torch.sigmoid(total[1::2] - total[0::2])
-
-
-def _texts(lm: LM, table: pd.DataFrame) -> tuple[weightscores.Examples, list[Tensor]]:
-    """Every prompt with either pronoun, and batches of prompts of like length."""
-    prompts = np.repeat(table["prompt"].to_numpy(), 2).tolist()
-    both = weightscores.examples(lm, prompts, table[["woman", "man"]].to_numpy().flatten().tolist())
-    order = torch.from_numpy(np.argsort([len(p) for p in table["prompt"]], kind="stable"))
-    return both, list(order.split(max(1, 1024 // both.ids.shape[1])))
-
-
-@torch.inference_mode()
-def chances(lm: LM, table: pd.DataFrame, *, progress: str | None = None) -> np.ndarray:
+def chances(lm: LM, table: pd.DataFrame) -> np.ndarray:
     """How likely the woman's pronoun is after every prompt, of the two: (prompts,).
 
     Pronouns of several tokens count whole.
@@ -82,34 +62,27 @@ def chances(lm: LM, table: pd.DataFrame, *, progress: str | None = None) -> np.n
     ValueError
         No prompts, or one that is longer than the model's context.
     """
-    both, batches = _texts(lm, table)
-    out = np.empty(len(table))
+    order = table["prompt"].str.len().sort_values(kind="stable").index  # like lengths share a batch
+    out = pd.Series(np.nan, index=table.index)
+    for some in np.array_split(order, max(1, len(order) // 128)):
+        own = table.loc[some]
+        woman, man = (
+            pronouns.log_probs(lm, pronouns.continued(lm, own["prompt"].tolist(), own[c].tolist()))
+            for c in ("woman", "man")
+        )
+        out[some] = expit(woman - man)
+    return out.to_numpy()
 
-    def run(rows: Tensor) -> None:
-        out[rows.numpy()] = _chances(lm, both, rows).double().cpu().numpy()
 
-    for rows in bar(batches, desc=progress):
-        in_halves(run, rows)
-    return out
+def stereotypes(lm: LM, table: pd.DataFrame) -> pronouns.Pairs:
+    """The prompts with the pronoun that most people of an occupation have, and with the other one.
 
-
-def without_heads(lm: LM, table: pd.DataFrame, *, progress: str | None = None) -> np.ndarray:
-    """``chances`` of the whole model, then without every head, to first order: (1 + heads, prompts)."""
-    both, batches = _texts(lm, table)
-    a, out = lm.anatomy, np.empty((1 + lm.anatomy.n_flat, len(table)))
-
-    def run(rows: Tensor) -> None:
-        masks = torch.ones(2 * len(rows), a.n_layers, a.n_heads, device=lm.device, requires_grad=True)
-        with torch.enable_grad(), masked(lm, masks):
-            p = _chances(lm, both, rows)
-            (slope,) = torch.autograd.grad(p.sum(), masks)
-        slope = slope.view(len(rows), 2, -1).sum(1).double().cpu().numpy()
-        p = p.detach().double().cpu().numpy()
-        out[:, rows.numpy()] = np.concatenate([p[None], p - slope.T])
-
-    for rows in bar(batches, desc=progress):
-        in_halves(run, rows)
-    return out
+    What ``pronouns.pruning`` selects heads and neurons with.
+    """
+    women = (table["share"] > 0.5).to_numpy()
+    return pronouns.paired(
+        lm, table["prompt"].tolist(), women, (table["woman"].iloc[0], table["man"].iloc[0])
+    )
 
 
 def slope(p: np.ndarray, share: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -120,53 +93,7 @@ def slope(p: np.ndarray, share: np.ndarray, weights: np.ndarray | None = None) -
     return (w * x * p).sum(-1) / (w * x * x).sum(-1)
 
 
-# ---- three ways --------------------------------------------------------------------------------------
-
-
-def by_heads(
-    lm: LM, table: pd.DataFrame, harm: np.ndarray, shares: Sequence[float], *, protect: float = 0.3
-) -> list[Pruning]:
-    """FASP on this yardstick: of the heads that matter least for prose, those that add most to the slope.
-
-    Parameters
-    ----------
-    harm
-        (heads,) of every head for prose, such as ``weightscores.part_snip``'s.
-    shares
-        α: how many heads are pruned. Fewer where fewer add to the slope.
-    protect
-        γ.
-
-    Raises
-    ------
-    ValueError
-        As ``select.fasp``: α above 1 − γ, shares outside 0 … 1.
-    """
-    found = slope(without_heads(lm, table, progress="heads"), table["share"].to_numpy())
-    left = found[1:]
-    pruned = [select.fasp(left, harm, gamma=protect, alpha=a) for a in shares]
-    kept = [[h for h in own if left[h] < found[0]] for own in pruned]
-    return [Pruning(heads=head_mask(lm.anatomy, own) == 0) for own in kept]
-
-
-def by_neurons(
-    lm: LM, table: pd.DataFrame, utility: weightscores.Examples, shares: Sequence[float], *, protect: float
-) -> list[Pruning]:
-    """Set difference: the neurons that matter for the pronoun expected of an occupation, by SNIP.
-
-    Minus those that matter for the other pronoun (the same share) and for prose (``protect``). Expected: the
-    woman's, where the share of women is above one half.
-
-    Source
-    ------
-    Wei et al., ICML 2024; Ma et al., FAccT 2025, with stereotyped answers in place of a group's.
-    """
-    women = (table["share"] > 0.5).to_numpy()
-    expected = np.where(women, table["woman"], table["man"])
-    other = np.where(women, table["man"], table["woman"])
-    sets = [weightscores.examples(lm, table["prompt"].tolist(), x.tolist()) for x in (expected, other)]
-    pairs = [(p, (p, protect)) for p in shares]
-    return weightscores.set_differences(lm, sets[0], [sets[1], utility], pairs, granularity="neuron")
+# ---- fine-tuning data ------------------------------------------------------------------------------
 
 
 def tuning_texts(table: pd.DataFrame, *, balanced: bool, seed: int) -> list[str]:
@@ -228,12 +155,41 @@ def tuned(
         lm.model.load_state_dict(kept)
 
 
-def harm_of_heads(lm: LM, windows: Windows) -> np.ndarray:
-    """How much every head matters for prose: (heads,), by SNIP."""
-    return np.asarray(weightscores.part_snip(lm, weightscores.prose(windows), "heads")).flatten()
-
-
 # ---- what is left ------------------------------------------------------------------------------------
+
+
+def doses(plain: pd.DataFrame, tried: Mapping[tuple[str, float], pd.DataFrame]) -> pd.DataFrame:
+    """Every share of every method on the sentences that select: method, share, bias, ppl_ratio (on prose)."""
+    rows = []
+    for (method, share), each in {("unchanged", 0.0): plain, **tried}.items():
+        own = each[each["side"] == "select"]
+        bias = float(slope(own["p"].to_numpy(), own["share"].to_numpy()))
+        ratio = own["ppl_valid"].iloc[0] / plain["ppl_valid"].iloc[0]
+        rows.append({"method": method, "share": share, "bias": bias, "ppl_ratio": ratio})
+    return pd.DataFrame(rows)
+
+
+def chosen(sweep: pd.DataFrame, most_damage: float) -> dict[str, float]:
+    """Method → the share that leaves least bias, of those within the perplexity limit, if any is."""
+    able = sweep[(sweep["ppl_ratio"] <= most_damage) & (sweep["method"] != "unchanged")]
+    best = able.loc[able.groupby("method", sort=False)["bias"].apply(lambda b: b.abs().idxmin())]
+    return dict(zip(best["method"], best["share"], strict=True))
+
+
+def costs(
+    each: pd.DataFrame, controls: Mapping[str, Sequence[str]], plain: str = "unchanged"
+) -> pd.DataFrame:
+    """What every way and control costs: way, control (bool), ppl_ratio, minutes (to select or tune)."""
+    names = [plain, *(n for way, against in controls.items() for n in (way, *against))]
+    mean = each.groupby("way")[["ppl_test", "minutes"]].mean().loc[names]
+    return pd.DataFrame(
+        {
+            "way": names,
+            "control": [n != plain and n not in controls for n in names],
+            "ppl_ratio": (mean["ppl_test"] / mean.loc[plain, "ppl_test"]).to_numpy(),
+            "minutes": mean["minutes"].to_numpy(),
+        }
+    )
 
 
 def replicates(each: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict[tuple[str, str], np.ndarray]:
@@ -247,26 +203,31 @@ def replicates(each: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict
     Returns
     -------
     dict
-        (way, context) → (1 + n_boot,): the slope, then its replicates. Items are drawn alike for all ways, so
-        that differences are taken replicate by replicate.
+        (way, context) → (1 + n_boot,): the slope, then its replicates. Items are drawn alike for all ways
+        and contexts, so that differences are taken replicate by replicate.
     """
-    rng, found = np.random.default_rng(seed), {}
-    for context, part in each.groupby("context", sort=False):
-        items = pd.Index(part["item"].unique())
-        counts = rng.multinomial(len(items), np.full(len(items), 1 / len(items)), size=n_boot)
-        counts = np.concatenate([np.ones((1, len(items)), int), counts])
+    found = {}
+    for items in ([NAMES], [c for c in each["context"].unique() if c != NAMES]):  # share their items
+        part, rng = each[each["context"].isin(items)], np.random.default_rng(seed)
+        known = pd.Index(part["item"].unique())
+        counts = rng.multinomial(len(known), np.full(len(known), 1 / len(known)), size=n_boot)
+        counts = np.concatenate([np.ones((1, len(known)), int), counts]).astype(float)
         for way, own in part.groupby("way", sort=False):
-            p = np.stack([g["p"].to_numpy() for _, g in own.groupby("seed", sort=False)])
-            first = next(g for _, g in own.groupby("seed", sort=False))
-            drawn = rng.multinomial(len(p), np.full(len(p), 1 / len(p)), size=n_boot) / len(p)
-            drawn = np.concatenate([np.full((1, len(p)), 1 / len(p)), drawn])
-            weights = counts[:, items.get_indexer(first["item"])].astype(float)
-            found[str(way), str(context)] = slope(drawn @ p, first["share"].to_numpy(), weights)
+            seeds = list(own["seed"].unique())
+            drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=n_boot)
+            drawn = np.concatenate([np.ones((1, len(seeds)), int), drawn]) / len(seeds)
+            for context, some in own.groupby("context", sort=False):
+                p = np.stack([some.loc[some["seed"] == k, "p"].to_numpy() for k in seeds])
+                first = some[some["seed"] == seeds[0]]
+                weights = counts[:, known.get_indexer(first["item"])]
+                found[str(way), str(context)] = slope(drawn @ p, first["share"].to_numpy(), weights)
     return found
 
 
 def _ends(drawn: np.ndarray) -> tuple[float, float, float]:
     """The point, which comes first, and its 95 % percentile interval."""
+    if np.isnan(drawn).all():
+        return np.nan, np.nan, np.nan
     low, high = np.nanquantile(drawn[1:], [0.025, 0.975])
     return float(drawn[0]), float(low), float(high)
 
@@ -279,11 +240,44 @@ def left(found: Mapping[tuple[str, str], np.ndarray], plain: str = "unchanged") 
     DataFrame
         way, context, bias, low, high, removed, removed_low, removed_high (95 %).
     """
+    contexts = [SELECTED, *sorted({c for _, c in found} - {SELECTED, NAMES}), NAMES]
     rows = []
-    for (way, context), own in found.items():
-        bias, removed = _ends(own), _ends(found[plain, context] - own)
-        names = ["bias", "low", "high", "removed", "removed_low", "removed_high"]
-        rows.append({"way": way, "context": context, **dict(zip(names, [*bias, *removed], strict=True))})
+    for way in dict.fromkeys(w for w, _ in found):
+        for context in contexts:
+            own = found[way, context]
+            ends = [*_ends(own), *_ends(found[plain, context] - own)]
+            names = ["bias", "low", "high", "removed", "removed_low", "removed_high"]
+            rows.append({"way": way, "context": context, **dict(zip(names, ends, strict=True))})
+    return pd.DataFrame(rows)
+
+
+def _gone(found: Mapping[tuple[str, str], np.ndarray], way: str, context: str, plain: str) -> np.ndarray:
+    """What a way takes from the unchanged model's bias, as a share of it."""
+    return (found[plain, context] - found[way, context]) / found[plain, context][0]
+
+
+def _others(found: Mapping[tuple[str, str], np.ndarray], plain: str) -> list[str]:
+    """Contexts besides the one that was fixed, in which the unchanged model shows a bias."""
+    other = dict.fromkeys(c for _, c in found if c not in (SELECTED, NAMES))
+    return [c for c in other if _ends(found[plain, c])[1] > 0]
+
+
+def removed(
+    found: Mapping[tuple[str, str], np.ndarray], ways: Sequence[str], plain: str = "unchanged"
+) -> pd.DataFrame:
+    """Shares of the unchanged model's bias that ways remove: way, there, elsewhere, names (should stay)."""
+    others = _others(found, plain)
+    rows = []
+    for way in ways:
+        elsewhere = [_gone(found, way, c, plain)[0] for c in others]
+        rows.append(
+            {
+                "way": way,
+                "there": _gone(found, way, SELECTED, plain)[0],
+                "elsewhere": np.mean(elsewhere) if elsewhere else np.nan,
+                "names": _gone(found, way, NAMES, plain)[0],
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -307,47 +301,43 @@ def verdicts(
     Returns
     -------
     DataFrame
-        claim, ours, low, high, verdict ("reproduced", "not reproduced", "undecided"), why.
+        claim, ours, low, high (shares of the unchanged model's bias), verdict ("reproduced", "not
+        reproduced", "undecided"), why.
     """
-    contexts = list(dict.fromkeys(c for _, c in found))
-    start = {c: found[plain, c] for c in contexts}
-    clear = [c for c in contexts if c != NAMES and _ends(start[c])[1] > 0]
-    others, biased = [c for c in clear if c != SELECTED], SELECTED in clear
+    others, biased = _others(found, plain), _ends(found[plain, SELECTED])[1] > 0
+    nothing = np.full_like(found[plain, SELECTED], np.nan)
+    rows, works = [], {}
 
-    def gone(way: str, c: str) -> np.ndarray:  # as a share of what the unchanged model has
-        return (start[c] - found[way, c]) / start[c][0]
+    def gone(way: str) -> np.ndarray:
+        return _gone(found, way, SELECTED, plain)
 
     def elsewhere(way: str) -> np.ndarray:
-        none = np.full_like(start[SELECTED], np.nan)
-        return np.mean([gone(way, c) for c in others], axis=0) if others else none
+        return np.mean([_gone(found, way, c, plain) for c in others], axis=0) if others else nothing
 
-    rows = []
-
-    def add(claim: str, drawn: np.ndarray, why: str) -> None:
+    def add(claim: str, drawn: np.ndarray, why: str, able: bool = True) -> None:
         point, low, high = _ends(drawn)
         verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
+        if not biased:
+            why += "; the unchanged model shows no bias there"
         row = {"claim": claim, "ours": point, "low": low, "high": high}
-        without = "" if biased else "; the unchanged model shows no bias there"
-        rows.append({**row, "verdict": verdict if biased else "undecided", "why": why + without})
+        rows.append({**row, "verdict": verdict if biased and able else "undecided", "why": why})
 
-    works = {}
     for way, against in controls.items():
-        more = gone(way, SELECTED) - np.mean([gone(c, SELECTED) for c in against], axis=0)
-        works[way] = _ends(more)[1] > 0 and _ends(gone(way, SELECTED))[1] > 0
-        why = f"removed {gone(way, SELECTED)[0]:.0%} where it was selected; {', '.join(against)} taken off"
-        add(f"{way}: lowers the bias, more than its control", more, why)
+        more = gone(way) - np.mean([gone(c) for c in against], axis=0)
+        works[way] = _ends(more)[1] > 0 and _ends(gone(way))[1] > 0
+        point, low, high = _ends(gone(way))
+        why = f"{point:.0%} ({low:.0%} – {high:.0%}) removed; ours: that of {', '.join(against)} taken off"
+        add(f"{way}: lowers the bias where it was selected, more than its control", more, why)
     for way in controls:
-        why = f"{gone(way, SELECTED)[0]:.0%} there, {elsewhere(way)[0]:.0%} in {', '.join(others)}"
-        add(f"{way}: the effect fades in other contexts", gone(way, SELECTED) - elsewhere(way), why)
+        why = (
+            f"{gone(way)[0]:.0%} there, {elsewhere(way)[0]:.0%} in {', '.join(others) or 'no other context'}"
+        )
         if not works[way]:
-            rows[-1] |= {
-                "verdict": "undecided",
-                "why": why + "; no effect beyond its control that could fade",
-            }
+            why += "; no effect beyond its control that could fade"
+        add(f"{way}: the effect fades in other contexts", gone(way) - elsewhere(way), why, works[way])
     for way in controls:
         if way != data:
-            why = "share of the bias removed, in the context that was fixed, and (why) elsewhere"
-            there = _ends(elsewhere(data) - elsewhere(way))
-            why = f"in other contexts {there[0]:+.2f} ({there[1]:+.2f} – {there[2]:+.2f})"
-            add(f"{data} lowers it more than {way}", gone(data, SELECTED) - gone(way, SELECTED), why)
+            point, low, high = _ends(elsewhere(data) - elsewhere(way))
+            why = f"elsewhere {point:+.2f} ({low:+.2f} – {high:+.2f})"
+            add(f"{data}: removes more than {way}", gone(data) - gone(way), why)
     return pd.DataFrame(rows)

@@ -31,7 +31,8 @@
 # %% tags=["parameters"]
 classifier: str = "tiny-bert"  # minilm (packaged encoder), a packaged decoder, small model, folder, or hub id
 class_data: list = ["biographies"]  # biographies, bold, LabHC/bias_in_bios, or a folder with its files
-class_train: int = 900  # training texts, at most; equally many per class
+class_train: dict = {"biographies": 900}  # training texts, at most, equally many per class; others 1000
+bios_specific: float = 0.3  # how often generated biographies name what only this occupation does
 class_test: int = 1500  # test texts, at most (biographies, bold: in pairs, as a woman and a man)
 bold_words: int = 0  # sentences of bold are cut after so many words; 0 leaves them whole
 class_dev: int = 150  # texts that choose the epoch, at most
@@ -72,11 +73,11 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "bold_words", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
+config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "bold_words", "bios_specific", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"05_downstream_mitigation-{classifier}")
-sizes = {"train": class_train, "dev": class_dev, "test": class_test}
+sizes = {d: {"train": class_train.get(d, 1000), "dev": class_dev, "test": class_test} for d in class_data}
 tables = {
-    (d, seed): downstream.load(d, seed=seed, words=bold_words, **sizes)
+    (d, seed): downstream.load(d, seed=seed, words=bold_words, specific=bios_specific, **sizes[d])
     for d in class_data
     for seed in class_seeds
 }
@@ -104,9 +105,10 @@ display(texts.style.hide(axis="index").format(precision=2))
 
 
 def best(strength: float) -> dict:
-    train, test = downstream.biographies(3000, 0), downstream.biographies(3000, 1, paired=True)
+    how = {"specific": bios_specific}
+    train, test = downstream.biographies(3000, 0, **how), downstream.biographies(3000, 1, paired=True, **how)
     train = downstream.co_occurrence(train, strength, 0)
-    found = test[["label", "group", "pair"]].assign(predicted=downstream.bayes(test, train))
+    found = test[["label", "group", "pair"]].assign(predicted=downstream.bayes(test, train, **how))
     row = mitigation.outcome(found, mitigation.women(train), classify.Setting(strength=strength), 0)
     return {"λ": strength, **{k: row[k] for k in ("accuracy", "rms", "excess", "r")}}
 
