@@ -132,7 +132,7 @@ def tuned(
     data = weightscores.examples(lm, texts, [lm.tokenizer.eos_token] * len(texts), whole=True)
     labels = data.ids.masked_fill(~data.counted, -100)
     steps = epochs * -(-len(texts) // batch)
-    optimiser = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 1 - i / steps)
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.dtype == torch.bfloat16)
@@ -145,7 +145,7 @@ def tuned(
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
                 optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
+                optimiser.zero_grad(set_to_none=False)  # new memory for gradients costs more than zeros
                 schedule.step()
     try:
         lm.model.load_state_dict(learner.state_dict())
