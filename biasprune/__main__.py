@@ -65,7 +65,7 @@ def _verdicts(out: Path) -> tuple[str, str]:
     counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(ledger.VERDICTS), fill_value=0)
     counts.insert(0, "claims", table.groupby("paper", sort=False)["id"].nunique())
-    text = "Verdicts over claims, runs and cases; every one, with figures and commands, is in"
+    text = "Verdicts over claims, runs and cases; biasprune: our own claims. Figures and commands are in"
     return f"{text} [claims.csv](claims.csv).\n\n{_table(counts.reset_index())}", ""
 
 
