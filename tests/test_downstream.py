@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biasprune import downstream, fetch
+from biasprune import classify, downstream, fetch, mitigation
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +194,25 @@ def test_bias_in_bios_as_files(tmp_path):
         downstream.bias_in_bios(tmp_path)
     with pytest.raises(fetch.FetchError, match="could not be loaded from the Hugging Face hub"):
         downstream.bias_in_bios("nobody/nothing")
+
+
+def test_measured_slope_agrees_with_the_truth():
+    """The best classifier learns shares from few texts; its bias falls with λ as it does with very many."""
+
+    def cells(n_train: int, n_test: int, seed: int) -> list[dict]:
+        train = downstream.biographies(n_train, seed)
+        test = downstream.biographies(n_test, 100 + seed, paired=True)
+        rows = []
+        for x in (0.0, 0.5, 1.0):
+            own = downstream.co_occurrence(train, x, seed)
+            found = test[["label", "group", "pair"]].assign(predicted=downstream.bayes(test, own))
+            at = classify.Setting(data="co-occurrence", strength=x)
+            rows.append(mitigation.outcome(found, mitigation.women(train), at, seed, least=10))
+        return rows
+
+    few = pd.DataFrame([row for seed in range(6) for row in cells(600, 600, seed)])
+    measured = mitigation.slopes(few, most=1.0).iloc[0]
+    many = pd.DataFrame(cells(6000, 6000, 50))
+    truth = np.polyfit(many["strength"], many["excess"], 1)[0]
+    assert measured["low"] < truth < measured["high"] < 0
+    assert many.loc[many["strength"] == 1, "excess"].iloc[0] == pytest.approx(0, abs=1e-4)
