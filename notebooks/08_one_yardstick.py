@@ -50,6 +50,7 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 import time
 import warnings
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -102,6 +103,7 @@ selecting = table[table["side"] == "select"].reset_index(drop=True)
 METHODS = {"fasp": "heads, FASP", "neurons": "neurons, set difference", "neuron slopes": "neurons, slope"}
 
 
+@cache
 def pruning(method: str, share: float):
     given = weightscores.prose(prose["valid"]), yardstick.stereotypes(net, selecting)
     return pronouns.pruning(net, method, share, *given)
