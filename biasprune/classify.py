@@ -303,6 +303,29 @@ def fine_tune(
 
 
 @torch.inference_mode()
+def probabilities(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    table: pd.DataFrame,
+    labels: Sequence[str],
+    recipe: Recipe,
+) -> np.ndarray:
+    """The probability of every class, in the table's order (rows, classes).
+
+    Not by the trainer, whose predictions come in the order of its batches by length.
+    """
+    model.eval()
+    rows = _rows(tokenizer, table, labels, recipe.length)
+    order = np.argsort([len(r["input_ids"]) for r in rows], kind="stable")
+    found = np.empty((len(rows), len(labels)))
+    for some in np.array_split(order, -(-len(rows) // (4 * recipe.batch))):
+        batch = tokenizer.pad({"input_ids": [rows[i]["input_ids"] for i in some]}, return_tensors="pt")
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
+            logits = model(**batch.to(model.device)).logits
+        found[some] = logits.cpu().double().softmax(-1).numpy()
+    return found
+
+
 def predict(
     model: nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -310,20 +333,8 @@ def predict(
     labels: Sequence[str],
     recipe: Recipe,
 ) -> np.ndarray:
-    """The most likely class of every text, in the table's order (rows,).
-
-    Not by the trainer, whose predictions come in the order of its batches by length.
-    """
-    model.eval()
-    rows = _rows(tokenizer, table, labels, recipe.length)
-    order = np.argsort([len(r["input_ids"]) for r in rows], kind="stable")
-    found = np.empty(len(rows), dtype=int)
-    for some in np.array_split(order, -(-len(rows) // (4 * recipe.batch))):
-        batch = tokenizer.pad({"input_ids": [rows[i]["input_ids"] for i in some]}, return_tensors="pt")
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
-            logits = model(**batch.to(model.device)).logits
-        found[some] = logits.argmax(-1).cpu().numpy()
-    return np.array(labels)[found]
+    """The most likely class of every text, in the table's order (rows,)."""
+    return np.array(labels)[probabilities(model, tokenizer, table, labels, recipe).argmax(-1)]
 
 
 def _head(name: str) -> type | None:
@@ -428,21 +439,36 @@ def cell(
     *,
     seed: int,
     folder: Path,
+    score: str = "",
 ) -> pd.DataFrame:
     """One cell of the grid: intervene on the pre-trained model, fine-tune it, classify the test texts.
+
+    Parameters
+    ----------
+    score
+        A class whose probability is wanted, too.
 
     Returns
     -------
     DataFrame
-        label, group, predicted, and pair if there is such a column, per test text.
+        label, group, predicted, pair and part (what a test text belongs to) if there are such columns, and
+        score if wanted, per test text.
+
+    Raises
+    ------
+    ValueError
+        Unknown intervention, an empty text, a class that isn't in ``train``.
     """
     labels = sorted(train["label"].unique())
+    if score and score not in labels:
+        raise ValueError(f"score {score!r} isn't among the classes to learn: {', '.join(labels)}.")
     model, tokenizer = changed(name, at, labels, seed)
     trainer = fine_tune(model, tokenizer, train, dev, labels, recipe, seed=seed, folder=folder)
-    found = predict(trainer.model, tokenizer, test, labels, recipe)
+    found = probabilities(trainer.model, tokenizer, test, labels, recipe)
     shutil.rmtree(folder, ignore_errors=True)
-    kept = [c for c in ("label", "group", "pair") if c in test]
-    return test[kept].reset_index(drop=True).assign(predicted=found)
+    kept = [c for c in ("label", "group", "pair", "part") if c in test]
+    own = test[kept].reset_index(drop=True).assign(predicted=np.array(labels)[found.argmax(-1)])
+    return own.assign(score=found[:, labels.index(score)]) if score else own
 
 
 # ---- bias of a classifier ---------------------------------------------------------------------------

@@ -673,8 +673,14 @@ def one_shot_or_greedy(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def interventions(table: pd.DataFrame) -> Figure:
-    """Bias of every setting, with the 95 % interval of its difference to the plain model, and accuracy."""
+def interventions(
+    table: pd.DataFrame,
+    bias: str = "squared gap between women's and men's true positive rates, mean\nover classes",
+) -> Figure:
+    """Bias of every setting, with the 95 % interval of its difference to the plain model, and accuracy.
+
+    ``bias`` says what column excess is, but for the sampling variance that is taken off.
+    """
     panels = list(table.groupby("data_name", sort=False))
     height = 0.36 * table["setting"].nunique() + 1.5
     figure, axes = plt.subplots(
@@ -688,10 +694,7 @@ def interventions(table: pd.DataFrame) -> Figure:
         left.axvline(0, color="black", lw=0.8)
         left.set_yticks(y, own["setting"])
         left.set_title(f"{name} (dotted: plain model)", fontsize=10)
-        left.set_xlabel(
-            "squared gap between women's and men's true positive rates, mean\nover classes, "
-            "less sampling variance (95 % of the effect, over seeds)"
-        )
+        left.set_xlabel(f"{bias}, less sampling variance (95 % of the effect, over seeds)")
         right.plot(own["accuracy"], y, "s", color="black", ms=6)
         right.set_xlabel("accuracy")
         right.set_xlim(0, 1)
@@ -702,8 +705,10 @@ def interventions(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def bias_against_strength(cells: pd.DataFrame, slight: float) -> Figure:
-    """Bias against λ, a line per intervention on the model, seeds as points."""
+def bias_against_strength(
+    cells: pd.DataFrame, slight: float, bias: str = "squared gap, mean over classes"
+) -> Figure:
+    """Bias (column excess; what it is) against λ, a line per intervention on the model, seeds as points."""
     own = cells[cells["data"].isin(["none", "co-occurrence"])]
     own = own.groupby("upstream", sort=False).filter(lambda g: g["strength"].nunique() > 1)
     panels = list(own.groupby("data_name", sort=False))
@@ -716,8 +721,8 @@ def bias_against_strength(cells: pd.DataFrame, slight: float) -> Figure:
         axis.axhline(0, color="black", lw=0.8)
         axis.axvspan(0, slight, color="grey", alpha=0.15, lw=0)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("λ: 0 as observed, 1 equal shares (grey: slight)")
-    axes[0, 0].set_ylabel("squared gap, mean over classes,\nless sampling variance")
+        axis.set_xlabel("λ: 0 as observed, 1 equal shares\n(grey: slight)")
+    axes[0, 0].set_ylabel(f"{bias},\nless sampling variance")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     return figure

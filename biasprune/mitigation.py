@@ -6,14 +6,15 @@ Claims of Baksi et al. 2024 (arXiv 2408.00612) and, against one of them, of Stee
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import statsmodels.formula.api as smf
 from scipy import stats
 
+from biasprune import downstream, toxicity
 from biasprune.classify import UPSTREAM, Setting, rates, summary
-from biasprune.downstream import co_occurrence, rebalanced, scrubbed
 
 MODEL, DATA = "model (intrinsic, upstream)", "data (share, data)"
 
@@ -63,14 +64,19 @@ def settings(
     return found
 
 
-def prepared(table: pd.DataFrame, at: Setting, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Train, dev and test of a cell: only training rows are drawn anew; scrubbing concerns all."""
-    table = scrubbed(table) if at.data == "scrubbed" else table
+def prepared(
+    table: pd.DataFrame, at: Setting, seed: int, task: ModuleType = downstream
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Train, dev and test of a cell: only training rows are drawn anew; scrubbing concerns all.
+
+    ``task`` is the module that changes data: ``downstream``, or ``toxicity``.
+    """
+    table = task.scrubbed(table) if at.data == "scrubbed" else table
     train, dev, test = (table[table["split"] == s].reset_index(drop=True) for s in ("train", "dev", "test"))
     if at.data == "rebalanced":
-        train = rebalanced(train, seed, how="oversample")  # no class loses texts
+        train = task.rebalanced(train, seed, how="oversample")  # no class loses texts
     if at.data == "co-occurrence":
-        train = co_occurrence(train, at.strength, seed)
+        train = task.co_occurrence(train, at.strength, seed)
     return train, dev, test
 
 
@@ -85,15 +91,24 @@ def outcome(predicted: pd.DataFrame, share: pd.Series, at: Setting, seed: int, l
     ``share`` of women per class, ``least`` as in ``classify.rates``; left_out names the classes left out.
     """
     found, left_out = rates(predicted, least)
-    row = {
+    accuracy = float((predicted["predicted"] == predicted["label"]).mean())
+    rest = {"accuracy": accuracy, **summary(found, share), "left_out": ", ".join(left_out)}
+    return {**_which(at, seed), **rest}
+
+
+def outcome_toxicity(predicted: pd.DataFrame, at: Setting, seed: int, *, paired: bool = False) -> dict:
+    """As ``outcome``, from predictions on comments, or (``paired``) on identity phrases."""
+    return {**_which(at, seed), **toxicity.summary(predicted, paired=paired)}
+
+
+def _which(at: Setting, seed: int) -> dict:
+    return {
         "setting": at.name,
         "upstream": at.upstream,
         "data": at.data,
         "strength": at.strength,
         "seed": seed,
     }
-    row["accuracy"] = float((predicted["predicted"] == predicted["label"]).mean())
-    return {**row, **summary(found, share), "left_out": ", ".join(left_out)}
 
 
 def against(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:

