@@ -261,7 +261,7 @@ def windows(
     if rule not in ("corrected", "as_published"):
         raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the text for perplexity is empty or no text, fewer than two tokens: {text!r}.")
+        raise ValueError(f"the text for perplexity is empty or no text: {text!r}.")
     length = lm.context // 4 if length is None else check.count(length, "length", 0)
     if not 2 <= length <= lm.context:
         raise ValueError(f"windows of {length} tokens: choose 2 … {lm.context}, the model's context.")
