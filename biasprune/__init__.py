@@ -11,7 +11,8 @@ texts to classify and changes of them, ``toxicity`` those about groups of people
 ``pronouns`` measures a model's bias before that and prunes against it, ``mitigation`` is the grid of both,
 ``yardstick`` puts heads, neurons and fine-tuning data side by side. ``experiment`` turns head sets into
 tables, ``figures`` tables into figures, ``record`` keeps a run, ``batch`` runs many, ``ledger`` sets them
-beside what the papers claim, ``crate`` exports them, and ``speed`` is the benchmark.
+beside what the papers claim, ``crate`` exports them, ``speed`` is the benchmark, and ``check`` refuses bad
+input.
 
 The modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
 """
@@ -21,8 +22,20 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
 _MODULES = (
-    *("ablate", "answers", "audit", "batch", "biases", "classify", "crate", "decode", "downstream"),
-    *("experiment", "fetch", "figures", "gaps", "headscores", "joint", "judge", "ledger", "likelihood", "lm"),
+    *("ablate", "answers", "audit", "batch", "biases", "check", "classify", "crate", "decode"),
+    *(
+        "downstream",
+        "experiment",
+        "fetch",
+        "figures",
+        "gaps",
+        "headscores",
+        "joint",
+        "judge",
+        "ledger",
+        "likelihood",
+        "lm",
+    ),
     *("measure", "mitigation", "progress", "prompts", "pronouns", "published", "record", "reliability"),
     *("select", "speed", "toxicity", "transfer", "weightscores", "yardstick"),
 )

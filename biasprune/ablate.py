@@ -43,7 +43,8 @@ def head_mask(anatomy: Anatomy, heads: Iterable[int]) -> Tensor:
     """
     mask = torch.ones(anatomy.n_flat)
     for h in heads:
-        if not isinstance(h, int | np.integer) or not 0 <= h < anatomy.n_flat:
+        # True would count as head 1: what is meant is a mask
+        if isinstance(h, bool) or not isinstance(h, int | np.integer) or not 0 <= h < anatomy.n_flat:
             raise ValueError(f"head {h!r} is not a flat index in 0 … {anatomy.n_flat - 1}.")
         mask[h] = 0
     return mask.view(anatomy.n_layers, anatomy.n_heads)
@@ -51,10 +52,14 @@ def head_mask(anatomy: Anatomy, heads: Iterable[int]) -> Tensor:
 
 def head_masks(anatomy: Anatomy, sets: Iterable[Iterable[int]]) -> Tensor:
     """Masks of several head sets, stacked: (sets, layers, heads)."""
-    return torch.stack([head_mask(anatomy, s) for s in sets])
+    if not (masks := [head_mask(anatomy, s) for s in sets]):
+        raise ValueError("no sets of heads: give at least one; an empty set removes nothing.")
+    return torch.stack(masks)
 
 
 def _check(mask: Tensor, layers: int, width: int, what: str) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask of {what} is {type(mask).__name__}: give a torch tensor, as head_mask makes.")
     if mask.dim() not in (2, 3) or tuple(mask.shape[-2:]) != (layers, width):
         raise ValueError(
             f"mask of {what} has shape {tuple(mask.shape)}; expected ({layers}, {width}) or "
@@ -144,17 +149,24 @@ def zeroed(lm: LM, weights: Mapping[str, Tensor]) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If a mask's shape isn't that of the module's weight as (out, in), or an index lies outside.
+        No such module; a mask's shape isn't that of the module's weight as (out, in); an index lies outside.
     """
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def at(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         return index // weight.shape[1], index % weight.shape[1]
 
+    known = dict(lm.model.named_modules())
     try:
         with torch.no_grad():
             for name, removed in weights.items():
-                weight = weight_of(lm.model.get_submodule(name))
+                if not isinstance(getattr(known.get(name), "weight", None), Tensor):
+                    raise ValueError(f"no module {name!r} with a weight in {type(lm.model).__name__}.")
+                if removed.is_floating_point():
+                    raise ValueError(
+                        f"{name}: give a bool mask or whole-number indices, not {removed.dtype}."
+                    )
+                weight = weight_of(known[name])
                 if removed.dtype == torch.bool:
                     if removed.shape != weight.shape:
                         raise ValueError(
@@ -391,6 +403,11 @@ def passes(
     its keys and values, with ``last`` its last hidden state into ``Start.clean``. Yields the pairs'
     mask and row numbers, and where to ``Start``.
     """
+    a = lm.anatomy
+    if masks.dim() != 3 or tuple(masks.shape[1:]) != (a.n_layers, a.n_heads):
+        raise ValueError(
+            f"masks have shape {tuple(masks.shape)}; expected (masks, {a.n_layers}, {a.n_heads})."
+        )
     start = first_masked_layer(masks)
     with recorded(lm, set(start) - {0}) as clean:
         if last or any(start):

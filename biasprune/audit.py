@@ -6,6 +6,7 @@ name audits. Questions and names are our own; any others come as CSV files.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from biasprune import check
 from biasprune.decode import sample
 from biasprune.gaps import check_groups
 from biasprune.lm import LM
@@ -44,6 +46,7 @@ def load(what: str, source: str | Path = "biasprune") -> pd.DataFrame:
     ValueError
         No such file, missing columns, a question without ``{name}``, or a name in two groups.
     """
+    check.choice(what, list(_COLUMNS), "table")
     path = user_path(f"audit/{what}.csv" if source == "biasprune" else source)
     if not path.is_file():
         raise ValueError(f"No such file of {what}: {path}.")
@@ -74,8 +77,10 @@ def chosen(contexts: pd.DataFrame, names: Sequence[str] = (), most: int = 0) -> 
     Raises
     ------
     ValueError
-        If a context is unknown.
+        If a context is unknown, or there are no contexts.
     """
+    check.columns(contexts, ["context"], "contexts")
+    check.count(most, "most", 0)
     known = list(contexts["context"].unique())
     if unknown := [n for n in names if n not in known]:
         raise ValueError(f"unknown context {unknown[0]!r}; there are: {', '.join(known)}.")
@@ -95,6 +100,7 @@ def halves(
     """
     names = names[names[by].isin(groups)] if by in names else names
     check_groups(names, by, groups)
+    check.columns(names, ["race", "gender"], "names")
     number = names.groupby(["race", "gender"], sort=False).cumcount()
     both = tuple(names[number % 2 == k].reset_index(drop=True) for k in (0, 1))
     for half in both:
@@ -125,20 +131,29 @@ def parse(answer: str) -> tuple[float, str]:
     Returns
     -------
     (value, kind)
-        kind: "number", "range", or "unparsable" with value NaN.
+        kind: "number", "range", or "unparsable" with value NaN, as is a number too large for a float.
+
+    Raises
+    ------
+    ValueError
+        If the answer is no text.
     """
+    if not isinstance(answer, str):
+        raise ValueError(f"the answer {answer!r} is {type(answer).__name__}, no text.")
     found = _FIRST.search(answer)
     if not found:
         return float("nan"), "unparsable"
     low, low_scale, high, high_scale = found.groups()
     scale = _TIMES[(low_scale or "").lower()]
     first = float(low.replace(",", "")) * scale
+    if not math.isfinite(first):
+        return float("nan"), "unparsable"
     if high is None:
         return first, "number"
     second = float(high.replace(",", "")) * _TIMES[(high_scale or "").lower()]
     if not low_scale and high_scale:  # "5 to 10 thousand"
         first *= _TIMES[high_scale.lower()]
-    return ((first + second) / 2, "range") if second > first else (first, "number")
+    return ((first + second) / 2, "range") if first < second < math.inf else (first, "number")
 
 
 def questions(
@@ -170,8 +185,10 @@ def questions(
     Raises
     ------
     ValueError
-        If ``chat`` is set and the tokenizer has no chat template.
+        If ``chat`` is set and the tokenizer has no chat template; no contexts or names, or missing columns.
     """
+    check.columns(contexts, ["context", "variation", "question", "prefix"], "contexts")
+    check.columns(names, ["name", "race", "gender"], "names")
     if chat and not lm.tokenizer.chat_template:
         raise ValueError(f"{lm.name} has no chat template: set chat=False.")
     table = contexts.merge(names, how="cross")
@@ -223,6 +240,7 @@ def ask(
         "unparsable", or "cut" with value NaN where the last token may have cut the number short), tokens
         (ids of the answer up to the end of its number, as text; "" but for numbers).
     """
+    check.columns(asked, ["context", "variation", "name", "race", "gender", "prompt"], "questions")
     written = sample(
         lm,
         list(asked["prompt"]),

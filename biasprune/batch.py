@@ -123,8 +123,8 @@ def _mapping(name: str, kind: str) -> tuple[Path, dict[str, Any]]:
         sys.exit(f"No {kind} {name!r}.{_instead(name, known)} Or give the path of a YAML file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
-        sys.exit(f"{path} isn't valid YAML: {e}")
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        sys.exit(f"{path} isn't valid YAML in UTF-8: {e}")
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         sys.exit(f"{path} must map names to values.")
     return path, values

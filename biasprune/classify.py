@@ -28,8 +28,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from biasprune import ablate, fetch, lm, measure, prompts, pronouns, weightscores
-from biasprune.downstream import GROUPS
+from biasprune import ablate, check, fetch, lm, measure, prompts, pronouns, weightscores
+from biasprune.downstream import GROUPS, check_groups
 
 ENCODER = "minilm"
 # what the papers on pruning do, and the share pruned unless given; see pronouns.pruning
@@ -492,8 +492,14 @@ def rates(predicted: pd.DataFrame, least: int = 30) -> tuple[pd.DataFrame, list[
     Raises
     ------
     ValueError
-        If no class is left, or a pair isn't one text of either group.
+        Missing columns or predictions, unknown groups; no class is left, or a pair isn't one text of either
+        group.
     """
+    check.columns(predicted, ["label", "group", "predicted"], "predictions")
+    check.count(least, "least")
+    if predicted[["label", "predicted"]].isna().any(axis=None):
+        raise ValueError("some texts have no class or no prediction: leave them out.")
+    check_groups(predicted)
     frame = MetricFrame(
         metrics={"tpr": accuracy_score, "n": lambda y, p: len(y)},
         y_true=predicted["label"],
@@ -541,7 +547,16 @@ def summary(table: pd.DataFrame, share: pd.Series, *, n_boot: int = 500, seed: i
         (of as large an rms there), excess (mean square of the gaps less its sampling variance: unbiased, and
         below 0 at times),
         mean_gap (mean |gap|), r (correlation of gaps with the share of women), slope (gap per share).
+
+    Raises
+    ------
+    ValueError
+        No classes, missing columns, or a class without a share of women.
     """
+    check.columns(table, ["label", "gap", "variance", "differ", "n_female", "n_male"], "rates")
+    check.count(n_boot, "n_boot")
+    if len(without := table["label"][~table["label"].isin(share.dropna().index)]):
+        raise ValueError(f"share: the class {without.iloc[0]!r} has no share of women.")
     gap, x = table["gap"].to_numpy(), share[table["label"]].to_numpy()
     floor = np.sqrt((_without_gaps(table, np.random.default_rng(seed), n_boot) ** 2).mean(1))
     rms = float(np.sqrt((gap**2).mean()))

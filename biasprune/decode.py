@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from biasprune import check
 from biasprune.ablate import Start, in_halves, masked, passes
 from biasprune.lm import LM
 from biasprune.progress import bar
@@ -141,8 +142,12 @@ def encode(lm: LM, prompts: Sequence[str], max_prompt_tokens: int | None = None)
     Raises
     ------
     ValueError
-        If there is no prompt, or one is empty or no text.
+        If there is no prompt, or one is empty or no text, or nothing of it would be kept.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts: give a list of texts, not the single text {prompts[:40]!r}.")
+    if max_prompt_tokens is not None:
+        check.count(max_prompt_tokens, "max_prompt_tokens")
     if len(prompts) == 0:
         raise ValueError("no prompts: give at least one.")
     for i, p in enumerate(prompts):
@@ -357,6 +362,17 @@ def _replay(
     return rest
 
 
+def _check_drawing(top_k: int, temperature: float) -> None:
+    check.count(top_k, "top_k", 0)
+    check.number(temperature, "temperature", 0)
+
+
+def _check_tokens(lm: LM, tokens: np.ndarray) -> None:
+    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    if tokens.dtype.kind not in "iu" or tokens.size and not -1 <= tokens.min() <= tokens.max() < vocabulary:
+        raise ValueError(f"tokens: give ids from 0 to {vocabulary - 1}, −1 after the end of a text.")
+
+
 @torch.inference_mode()
 def sample(
     lm: LM,
@@ -405,11 +421,13 @@ def sample(
     torch.OutOfMemoryError
         If a single prompt with its seeds doesn't fit.
     """
-    if max_new_tokens < 1 or top_k < 0 or temperature < 0 or batch_rows < 1 or len(seeds) == 0:
-        raise ValueError(
-            "need max_new_tokens ≥ 1, top_k ≥ 0, temperature ≥ 0, batch_rows ≥ 1 and a seed; got "
-            f"{max_new_tokens}, {top_k}, {temperature}, {batch_rows}, {list(seeds)}."
-        )
+    for value, what in ((max_new_tokens, "max_new_tokens"), (batch_rows, "batch_rows")):
+        check.count(value, what)
+    _check_drawing(top_k, temperature)
+    for seed in seeds:
+        check.count(seed, "seed", 0)
+    if len(seeds) == 0:
+        raise ValueError("no seeds: give at least one.")
     a = lm.anatomy
     masks = torch.ones(1, a.n_layers, a.n_heads) if masks is None else masks.cpu()
     if masks.dim() != 3 or tuple(masks.shape[1:]) != (a.n_layers, a.n_heads):
@@ -429,6 +447,8 @@ def sample(
     shape = (len(masks), len(seeds), len(prompts))
     if draft is not None and draft.shape != (*shape[1:], max_new_tokens):
         raise ValueError(f"draft has shape {draft.shape}; expected {(*shape[1:], max_new_tokens)}.")
+    if draft is not None:
+        _check_tokens(lm, draft)
     distinct = {x: torch.stack([stream_keys(prompts, seed, x) for seed in seeds]) for x in set(streams)}
     s = _Sampling(
         lm,
@@ -466,7 +486,7 @@ def sample(
     else:
         waiting: list[_Waiting] = []
 
-        def check(
+        def replay(
             start: Start,
             clean: DynamicCache,
             ids: Tensor,
@@ -481,7 +501,7 @@ def sample(
             clean = DynamicCache()
             of = number[:, index // len(prompts), index % len(prompts)]
             for mask, row, start in passes(lm, masks, batch, batch_tokens // batch.shape[1], cache=clean):
-                in_halves(partial(check, start, clean, batch, given, of), mask, row)
+                in_halves(partial(replay, start, clean, batch, given, of), mask, row)
                 shown.update(len(mask))
                 if sum(len(w.sample) for w in waiting) >= batch_rows:
                     _in_batches(s, waiting, batch_rows)
@@ -569,6 +589,11 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Samples of equal prompt length: their index into seeds · prompts, ids of the prompt and all but
     the last token of the continuation, and the continuation; the last two on the device."""
+    if tokens.ndim != 3 or tokens.shape[1] != len(prompts) or not tokens.size:
+        raise ValueError(
+            f"tokens have shape {tokens.shape}; expected (seeds, {len(prompts)} prompts, steps)."
+        )
+    _check_tokens(lm, tokens)
     encoded = encode(lm, prompts, max_prompt_tokens)
     flat = torch.from_numpy(tokens.reshape(-1, tokens.shape[-1]))
     for length in sorted({len(x) for x in encoded}):
@@ -581,8 +606,9 @@ def _batches(
             yield index, ids.to(lm.device), steps.to(lm.device)
 
 
-def _check_random(lm: LM, temperature: float) -> None:
-    if temperature <= 0:
+def _check_random(lm: LM, top_k: int, temperature: float) -> None:
+    _check_drawing(top_k, temperature)
+    if temperature == 0:
         raise ValueError("greedy continuations have no probability to compare: set temperature > 0.")
     check_unembedding(lm)
 
@@ -622,7 +648,7 @@ def log_ratio(
     ValueError
         If temperature is 0.
     """
-    _check_random(lm, temperature)
+    _check_random(lm, top_k, temperature)
     out = np.empty((len(masks), tokens.shape[0] * tokens.shape[1]))
     n, direct = tokens.shape[-1], 0 < top_k < lm.model.get_output_embeddings().weight.shape[0] // 4
 
@@ -669,7 +695,7 @@ def log_prob_gradient(
     ValueError
         If temperature is 0.
     """
-    _check_random(lm, temperature)
+    _check_random(lm, top_k, temperature)
     a, n = lm.anatomy, tokens.shape[-1]
     direct = 0 < top_k < lm.model.get_output_embeddings().weight.shape[0] // 4
     out = np.empty((tokens.shape[0] * tokens.shape[1], a.n_layers, a.n_heads))

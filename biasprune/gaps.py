@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from biasprune import measure
+from biasprune import check, measure
 
 QUESTION = ["context", "variation"]
 _MOMENTS = ("name", "race", "gender", "n", "mean", "square", "off")
@@ -23,7 +23,9 @@ _MOMENTS = ("name", "race", "gender", "n", "mean", "square", "off")
 
 def _weighted(answers: pd.DataFrame, log: bool) -> tuple[np.ndarray, np.ndarray]:
     """Values (logarithms, NaN for what can't be used) and weights of answers."""
-    value = answers["value"].to_numpy(dtype=float)
+    value = check.numbers(answers["value"], "answers")
+    if "p" in answers and not (check.numbers(answers["p"], "p") >= 0).all():
+        raise ValueError("some probabilities p are negative or NaN.")
     if log:
         with np.errstate(divide="ignore", invalid="ignore"):
             value = np.where(value > 0, np.log(value), np.nan)
@@ -54,9 +56,10 @@ def moments(answers: pd.DataFrame, *, log: bool = True, winsorise: float = 0.0) 
     ValueError
         Answers of several masks, or a share outside [0, .5).
     """
+    check.columns(answers, [*QUESTION, "name", "race", "gender", "value"], "answers")
     if "mask" in answers and answers["mask"].nunique() > 1:
         raise ValueError("answers of several masks are mixed: pass one mask's.")
-    if not 0 <= winsorise < 0.5:
+    if not 0 <= check.number(winsorise, "winsorise") < 0.5:
         raise ValueError(f"winsorise = {winsorise}: choose a share from 0 to below .5.")
     value, weight = _weighted(answers, log)
     table = answers[[*QUESTION, "name", "race", "gender"]].assign(value=value)
@@ -97,6 +100,7 @@ def _sums(of: pd.DataFrame, sampled: bool) -> np.ndarray:
 
 def check_groups(names: pd.DataFrame, by: str, groups: Sequence[str]) -> None:
     """Two different groups with two names each, or a ValueError that says what there is."""
+    check.columns(names, ["name"], "names", rows=False)
     if by not in names:
         raise ValueError(f"no column {by!r} to compare by; there are race and gender.")
     if len(groups) != 2 or groups[0] == groups[1]:
@@ -153,6 +157,7 @@ def gaps(
         smd is NaN then.
     """
     sampled = "p" not in answers
+    check.count(n_boot, "n_boot")
     each = moments(answers, log=log, winsorise=winsorise)
     check_groups(each, by, groups)
     rng = np.random.default_rng(seed)
@@ -274,14 +279,15 @@ class Effects:
 
         Raises
         ------
-        KeyError
+        ValueError
             If there is none.
         """
+        check.columns(self.table, labels, "effects")
         keep = np.ones(len(self.table), dtype=bool)
         for column, wanted in labels.items():
             keep &= self.table[column].isin([wanted] if isinstance(wanted, str) else list(wanted)).to_numpy()
         if not keep.any():
-            raise KeyError(f"no pruning with {labels}.")
+            raise ValueError(f"no pruning with {labels}.")
         return keep
 
     def _removed(self, rows: np.ndarray) -> tuple[float, np.ndarray]:
@@ -364,6 +370,9 @@ def effects(
     ValueError
         A group of fewer than two names, or names or questions that differ from the unpruned model's.
     """
+    check.count(n_boot, "n_boot")
+    for table, what in ((evaluated, "evaluated"), (unpruned, "unpruned")):
+        check.columns(table, [*QUESTION, *_MOMENTS], what)
     check_groups(unpruned, by, groups)
     kept = unpruned[unpruned[by].isin(groups)].drop_duplicates("name").sort_values("name")
     labels = [c for c in evaluated if c not in (*QUESTION, *_MOMENTS)]
@@ -387,6 +396,8 @@ def effects(
     start = {}
     for key, part in unpruned.groupby(QUESTION, sort=False):
         point, drawn = (smds(part, w, key) for w in (member[:, None], draws))
+        if signs is not None and key not in signs.index:
+            raise ValueError(f"{', '.join(map(str, key))}: signs has no direction for this question.")
         sign = (1.0 if point[0] >= 0 else -1.0) if signs is None else float(signs.loc[key])
         start[key] = sign, sign * point[0], sign * drawn
     rows, directed, removed = [], [], []

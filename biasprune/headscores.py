@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from biasprune import measure, record, select
+from biasprune import check, measure, record, select
 from biasprune.ablate import head_masks, masked
 from biasprune.decode import Continuations, batch_sizes, log_prob_gradient, log_ratio, sample
 from biasprune.judge import Judge
@@ -33,6 +33,7 @@ def judged_text(prompts: Sequence[str], texts: np.ndarray, rule: str = "correcte
     "corrected": the continuation alone, since the prompt's descriptor itself moves most judges.
     "as_published": prompt + continuation, lower-cased, newlines to spaces.
     """
+    check.choice(rule, select.RULES, "rule")
     if rule == "corrected":
         return texts
     joined = np.broadcast_to(np.array(prompts, dtype=object), texts.shape) + texts
@@ -468,16 +469,19 @@ def samples(
     """
     if fidelity not in FIDELITIES:
         raise ValueError(f"fidelity {fidelity!r}: choose one of {', '.join(FIDELITIES)}.")
-    if rule not in ("corrected", "as_published"):
-        raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
+    check.choice(rule, select.RULES, "rule")
+    check.columns(prompts, ["prompt", "bucket"], "prompts")
+    check.count(n_boot, "n_boot", 2)
+    if not isinstance(judge, Judge):
+        raise ValueError(f"judge is {type(judge).__name__}: make one by judge.load, of a function too.")
     if not coupled and fidelity not in ("naive", "exact"):
         raise ValueError(f"fidelity {fidelity!r} has no independent noise: set coupled=True.")
-    if first < 1 or not 0 <= min_ess <= 1 or max_weight < 1:
+    if not (first >= 1 and 0 <= min_ess <= 1 and max_weight >= 1):
         raise ValueError(
             f"need first ≥ 1, 0 ≤ min_ess ≤ 1, max_weight ≥ 1; got {first}, {min_ess}, {max_weight}."
         )
-    heads = np.arange(lm.anatomy.n_flat) if heads is None else np.unique(np.asarray(heads, dtype=int))
-    if not len(heads) or heads[0] < 0 or heads[-1] >= lm.anatomy.n_flat:
+    heads = np.arange(lm.anatomy.n_flat) if heads is None else np.unique(np.asarray(heads))
+    if not len(heads) or heads.dtype.kind not in "iu" or heads[0] < 0 or heads[-1] >= lm.anatomy.n_flat:
         raise ValueError(f"heads: give at least one flat index in 0 … {lm.anatomy.n_flat - 1}.")
     if cut is not None:
         n, (gamma, alpha) = len(heads), cut

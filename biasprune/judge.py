@@ -52,11 +52,7 @@ class Judge:
         ValueError
             If the scorer gives a wrong number of scores, NaN, or a score outside [0, 1].
         """
-        if isinstance(texts, str):
-            raise TypeError(f"Judge {self.name!r} takes a list of texts, not a single string.")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"Judge {self.name!r} takes strings; text {i} is {type(text).__name__}.")
+        self._check(texts)
         # surrogatepass: a byte-level language model can emit lone surrogates
         keys = [hashlib.sha256(t.encode("utf-8", "surrogatepass")).digest() for t in texts]
         new = {k: str(t) for k, t in zip(keys, texts, strict=True) if k not in self._cache}
@@ -68,12 +64,20 @@ class Judge:
 
     def fresh(self, texts: Sequence[str]) -> np.ndarray:
         """The same scores without the cache: every text is scored, as a naive loop would."""
+        self._check(texts)
         self.calls += len(texts)
         return self._checked(self._scorer(list(texts)), len(texts))
 
     def emptied(self) -> Judge:
         """The same scorer with an empty cache, for timing."""
         return Judge(self.name, self._scorer)
+
+    def _check(self, texts: Sequence[str]) -> None:
+        if isinstance(texts, str):
+            raise TypeError(f"Judge {self.name!r} takes a list of texts, not a single string.")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"Judge {self.name!r} takes strings; text {i} is {type(text).__name__}.")
 
     def _checked(self, raw: Any, n: int) -> np.ndarray:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -333,16 +334,22 @@ def load(
     Raises
     ------
     ValueError
-        Unknown model, no safetensors, unknown dtype, or an architecture whose parts aren't found.
+        Unknown model, no or broken safetensors, unknown dtype or device, or an architecture whose parts
+        aren't found.
     fetch.FetchError
         A packaged model can't be downloaded or stored.
     """
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16, float16 or auto.")
-    name = os.fspath(name)
-    folder, origin = locate(name, revision, trust_remote_code)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f"device {device!r} can't be used here: {reason}") from e
+    name = os.fspath(name)
+    folder, origin = locate(name, revision, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -354,7 +361,7 @@ def load(
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, ValueError, SafetensorError) as e:
         raise ValueError(f"{name} could not be loaded from {folder}: {e}") from e
     if device_map is None:
         model.to(device)

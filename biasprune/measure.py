@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from biasprune import check
 from biasprune.ablate import Start, in_halves, passes
 from biasprune.lm import LM
 from biasprune.progress import bar
@@ -27,10 +29,14 @@ def _groups(buckets: Sequence[str], weights: ArrayLike | None, n: int) -> tuple[
     """Group index of each prompt (n,) and share of each group (groups,)."""
     if len(buckets) != n:
         raise ValueError(f"{n} scores for {len(buckets)} prompts.")
+    if n == 0:
+        raise ValueError("no prompts: there is nothing to compare.")
+    if pd.isna(np.asarray(buckets, dtype=object)).any():
+        raise ValueError("some prompts have no group: leave them out, or name their group.")
     names, index = np.unique(_labels(buckets), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"only one group ({', '.join(map(str, names))}): bias needs two or more to compare.")
-    weights = np.full(n, 1 / n) if weights is None else np.asarray(weights, dtype=float)
+    weights = np.full(n, 1 / n) if weights is None else check.numbers(weights, "weights")
     if weights.shape != (n,) or not np.isfinite(weights).all() or (weights <= 0).any():
         raise ValueError("weights must be one positive number per prompt.")
     for g, name in enumerate(names):
@@ -58,12 +64,14 @@ def group_means(scores: ArrayLike, buckets: Sequence[str], sizes: ArrayLike | No
     With ``sizes`` (…, prompts), the ratio Σ scores / Σ sizes: self-normalised importance weights
     come as scores = Σ weight · score and sizes = Σ weight of a prompt's samples.
     """
-    scores = np.asarray(scores, dtype=float)
-    if not np.isfinite(scores).all():
-        raise ValueError("scores hold NaN or infinity: the judge failed on some text.")
+    scores = check.numbers(scores, "scores")
+    if not scores.ndim or not np.isfinite(scores).all():
+        raise ValueError("scores hold NaN or infinity, or no prompts: the judge failed on some text.")
     index, _ = _groups(buckets, None, scores.shape[-1])
-    sizes = np.ones_like(scores) if sizes is None else np.asarray(sizes, dtype=float)
+    sizes = np.ones_like(scores) if sizes is None else check.numbers(sizes, "sizes")
     own = [index == g for g in range(index.max() + 1)]
+    if sizes.shape != scores.shape or not all((sizes[..., g].sum(-1) > 0).all() for g in own):
+        raise ValueError(f"sizes: give {scores.shape}, as scores, with a sum above 0 in every group.")
     return np.stack([scores[..., g].sum(-1) / sizes[..., g].sum(-1) for g in own])
 
 
@@ -113,8 +121,9 @@ def bootstrap_bias(
     All leading entries (models, heads, pruning levels) see the same draws, so differences between
     them are paired.
     """
-    scores = np.asarray(scores, dtype=float)
+    check.count(n_boot, "n_boot")
     group_means(scores, buckets, sizes)  # validates
+    scores = np.asarray(scores, dtype=float)
     index, share = _groups(buckets, weights, scores.shape[-1])
     rng = np.random.default_rng(seed)
     means = []
@@ -139,7 +148,8 @@ def noise_floor(
 
     (prompts,) → (n_perm,). A measured bias inside this range is no evidence of bias.
     """
-    scores = np.asarray(scores, dtype=float)
+    check.count(n_perm, "n_perm")
+    scores = check.numbers(scores, "scores")
     if scores.ndim != 1:
         raise ValueError(f"noise_floor takes the scores of one model, (prompts,); got {scores.shape}.")
     group_means(scores, buckets)  # validates
@@ -179,7 +189,9 @@ def interval(point: ArrayLike, replicates: np.ndarray, level: float = 0.95) -> t
     asserts at least 87 % if nothing changed, 85 % if half of the bias went, and only 65 % if all of
     it went.
     """
-    tail = (1 - level) / 2
+    tail = (1 - check.share(level, "level")) / 2
+    if not len(replicates):
+        raise ValueError("no replicates: an interval needs draws.")
     low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     return 2 * np.asarray(point) - high, 2 * np.asarray(point) - low
 
@@ -248,10 +260,12 @@ def windows(
     """
     if rule not in ("corrected", "as_published"):
         raise ValueError(f"rule {rule!r}: choose corrected or as_published.")
-    length = lm.context // 4 if length is None else length
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the text for perplexity is empty or no text: {text!r}.")
+    length = lm.context // 4 if length is None else check.count(length, "length", 0)
     if not 2 <= length <= lm.context:
         raise ValueError(f"windows of {length} tokens: choose 2 … {lm.context}, the model's context.")
-    if max_tokens is not None and max_tokens < 2:
+    if max_tokens is not None and check.count(max_tokens, "max_tokens", 0) < 2:
         raise ValueError(f"max_tokens = {max_tokens}: fewer than two tokens; None takes the whole text.")
     ids = lm.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
     n = len(ids)
@@ -356,6 +370,10 @@ def perplexity(nll: np.ndarray, windows: Windows, counts: np.ndarray | None = No
     Weighted by the number of tokens (corrected) or not (as published). ``counts`` (n_boot, windows)
     says how often each window is drawn, for bootstrap: (masks, windows) → (n_boot, masks).
     """
+    if nll.shape[-1:] != (len(windows.counts),) or np.isnan(nll).any():
+        raise ValueError(
+            f"losses {nll.shape} for {len(windows.counts)} windows: one for each, none of them NaN."
+        )
     weight = windows.counts if windows.rule == "corrected" else np.ones(len(windows.counts))
     if counts is None:
         return np.exp(nll @ (weight / weight.sum()))

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from biasprune import fetch
+from biasprune import check, fetch
 
 AXES = ("gender_and_sex", "race_ethnicity", "nationality", "religion", "sexual_orientation")
 SPLITS = ("valid", "test", "all")
@@ -135,10 +135,10 @@ def sample(prompts: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        No prompts, or `n` is smaller than the number of buckets.
+        No prompts, missing columns, or `n` is smaller than the number of buckets.
     """
-    if prompts.empty:
-        raise ValueError("There are no prompts to sample from.")
+    check.columns(prompts, ["prompt", "bucket"], "prompts")
+    check.count(n, "n", 0)
     first = ["bucket", "prompt"]
     rows = prompts.sort_values(first + [c for c in prompts if c not in first], ignore_index=True)
     groups = {b: list(i) for b, i in rows.groupby("bucket").indices.items()}
@@ -278,6 +278,8 @@ def read_csv(path: Path) -> pd.DataFrame:
         ) from e
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
+    except (UnicodeDecodeError, pd.errors.ParserError) as e:
+        raise ValueError(f"{path} is no CSV file in UTF-8: {str(e).strip()}.") from e
     if table.empty:
         raise ValueError(f"{path} has no rows.")
     if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first field as the index

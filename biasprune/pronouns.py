@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from biasprune import downstream, select, weightscores
+from biasprune import check, downstream, select, weightscores
 from biasprune.ablate import Pruning, head_mask, masked
 from biasprune.decode import capped, check_unembedding, encode
 from biasprune.lm import LM
@@ -40,6 +40,7 @@ PROTECT = 0.01  # share of a layer's neurons that is protected for its effect on
 
 
 def _nouns(labels: Sequence[str]) -> list[str]:
+    check.texts(labels, "classes")
     nouns = [label.replace("_", " ").strip() for label in labels]
     if not nouns or not all(nouns):
         raise ValueError(f"classes {list(labels)!r}: give one or more, none of them empty.")
@@ -230,9 +231,11 @@ def pairs(lm: LM, share: pd.Series | None = None) -> Pairs:
     Raises
     ------
     ValueError
-        All shares alike, or empty names.
+        All shares alike, shares outside 0 … 1, or empty names.
     """
     share = downstream.shares_of_women() if share is None else share
+    for occupation, women in share.items():
+        check.share(women, f"share of women of {occupation!r}")
     nouns, women = _nouns(list(share.index)), (share > share.mean()).to_numpy()
     if women.all() or not women.any():
         raise ValueError("all occupations have the same share of women: there is no stereotype to follow.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from biasprune import fetch, measure, select
+from biasprune import check, fetch, measure, select
 from biasprune.reliability import agreement, top_overlap
 
 _COLUMNS = {
@@ -126,9 +126,25 @@ def read(model: str, source: str | Path = "") -> pd.DataFrame:
     return table.assign(head=table["head"] - 1)
 
 
-def wide(table: pd.DataFrame, axis: str, split: str = "valid", value: str = "bias") -> pd.DataFrame:
-    """(heads, seeds) of one axis and split; heads that lack a seed are left out."""
+def _of(table: pd.DataFrame, axis: str, split: str = "valid") -> pd.DataFrame:
+    check.columns(table, _COLUMNS.values(), "scores")
     own = table[(table["axis"] == axis) & (table["split"] == split)]
+    if own.empty:
+        known = ", ".join(table["axis"].unique())
+        raise ValueError(f"no published scores of axis {axis!r} in split {split!r}; axes: {known}.")
+    return own
+
+
+def wide(table: pd.DataFrame, axis: str, split: str = "valid", value: str = "bias") -> pd.DataFrame:
+    """(heads, seeds) of one axis and split; heads that lack a seed are left out.
+
+    Raises
+    ------
+    ValueError
+        No scores of this axis and split, or no such column.
+    """
+    own = _of(table, axis, split)
+    check.columns(own, [value], "scores")
     return own.pivot_table(index="head", columns="seed", values=value).dropna()
 
 
@@ -142,7 +158,10 @@ def seeds(table: pd.DataFrame, axis: str = "gender_and_sex", share: float = 0.2)
         common heads among the top ``share``), chance.
     """
     scores = wide(table, axis).to_numpy().T
-    k = int(share * scores.shape[1])
+    if not (k := int(check.share(share, "share") * scores.shape[1])) or len(scores) < 2:
+        raise ValueError(
+            f"{scores.shape[1]} heads and {len(scores)} seeds: need two seeds and a larger share."
+        )
     pairs = [(i, j) for i in range(len(scores)) for j in range(i)]
     # z_bias is the bias without any head less the bias without this one: the order turns around
     common = [top_overlap(-scores[i], -scores[j], k) for i, j in pairs]
@@ -170,6 +189,7 @@ def winners_curse(
         left), low, high (of left: 95 %, percentile bootstrap over heads, picked anew each time). Empty where
         fewer than half of the heads have test scores.
     """
+    _of(table, axis)
     own = table[table["axis"] == axis]
     mean = own.groupby(["split", "head"])[["bias", "ppl"]].mean()  # over the seeds that a head has
     bias = {s: mean["bias"].get(s, pd.Series(dtype=float)) for s in ("valid", "test")}
@@ -211,7 +231,9 @@ def regimes(table: pd.DataFrame, axis: str = "gender_and_sex") -> dict[str, floa
         runs, explained, share_high, toxicity_low, toxicity_high (means of the two sides), ppl_low,
         ppl_high (medians), r_bias (correlation of bias with the side).
     """
-    own = table[(table["axis"] == axis) & (table["split"] == "valid")]
+    own = _of(table, axis)
+    if own["toxicity"].nunique() < 2:
+        raise ValueError(f"axis {axis!r}: the runs' toxicity doesn't vary, so they fall into no two groups.")
     values = np.sort(own["toxicity"].to_numpy())
     n, total = np.arange(1, len(values)), values.cumsum()
     between = n * (len(values) - n) * (total[:-1] / n - (total[-1] - total[:-1]) / (len(values) - n)) ** 2
@@ -252,11 +274,10 @@ def noise_floor(
     ValueError
         If the table has no scores of this axis.
     """
-    own = table[(table["axis"] == axis) & (table["split"] == "valid")]
-    if own.empty:
-        raise ValueError(
-            f"no published scores of axis {axis!r}; there are: {', '.join(table['axis'].unique())}."
-        )
+    own = _of(table, axis)
+    check.count(n_sim, "n_sim")
+    for name, n in buckets.items():
+        check.count(n, f"prompts of {name}")
     labels = np.repeat(list(buckets), list(buckets.values()))
     toxic, mean = own["toxic_percent"].mean() / 100, own["toxicity"].mean()
     below = max(1e-3, (mean - 0.75 * toxic) / (1 - toxic))  # mean of what isn't toxic

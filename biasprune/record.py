@@ -62,6 +62,10 @@ def _atomic(path: Path) -> Iterator[Path]:
         yield Path(scratch)
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
+    except OSError as e:  # a full disk, above all
+        raise OSError(
+            f"{path} could not be written ({e.strerror or e}); what was there before is left as it was."
+        ) from e
     finally:
         Path(scratch).unlink(missing_ok=True)
 

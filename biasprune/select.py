@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from biasprune import check
+
 RULES = ("corrected", "as_published")
 
 
 def _scores(values: ArrayLike, what: str) -> np.ndarray:
-    array = np.asarray(values, dtype=float)
+    array = check.numbers(values, what)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{what}: expected a flat, non-empty list of head scores, got {array.shape}.")
     if not np.isfinite(array).all():
@@ -22,12 +24,6 @@ def _scores(values: ArrayLike, what: str) -> np.ndarray:
             "Score those heads again or leave the run out."
         )
     return array
-
-
-def _fraction(value: float, name: str) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} = {value} is not a share between 0 and 1.")
-    return float(value)
 
 
 def _rule(rule: str) -> None:
@@ -90,7 +86,7 @@ def fasp(
     bias, ppl = _scores(bias_without, "bias_without"), _scores(ppl_without, "ppl_without")
     if bias.size != ppl.size:
         raise ValueError(f"{bias.size} bias scores, but {ppl.size} perplexities.")
-    gamma, alpha = _fraction(gamma, "gamma"), _fraction(alpha, "alpha")
+    gamma, alpha = check.share(gamma, "gamma"), check.share(alpha, "alpha")
     if alpha > 1 - gamma + 1e-9:
         raise ValueError(
             f"alpha = {alpha} > 1 − gamma = {1 - gamma:.4g}: more heads to prune than are left "
@@ -114,7 +110,7 @@ def lowest(scores: ArrayLike, *, alpha: float, rule: str = "corrected") -> list[
     """
     _rule(rule)
     values = _scores(scores, "scores")
-    k = int(_fraction(alpha, "alpha") * values.size)
+    k = int(check.share(alpha, "alpha") * values.size)
     return _cut(values, np.arange(values.size), k, rule)
 
 
@@ -123,6 +119,12 @@ def random(n: int, *, alpha: float, seed: int) -> list[int]:
 
     The draws of one seed are nested: a larger α keeps the heads of a smaller one, as score-based
     methods do.
+
+    Raises
+    ------
+    ValueError
+        A share outside [0, 1], or numbers of heads or seeds that aren't whole numbers from 0 on.
     """
-    k = int(_fraction(alpha, "alpha") * n)
+    k = int(check.share(alpha, "alpha") * check.count(n, "n", 0))
+    check.count(seed, "seed", 0)
     return sorted(int(h) for h in np.random.default_rng(seed).permutation(n)[:k])

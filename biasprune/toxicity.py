@@ -20,7 +20,7 @@ from fairlearn.metrics import MetricFrame
 from scipy import stats
 from sklearn.metrics import roc_auc_score, zero_one_loss
 
-from biasprune import downstream, fetch
+from biasprune import check, downstream, fetch
 from biasprune.downstream import COLUMNS
 from biasprune.prompts import read_csv, user_path
 
@@ -111,6 +111,8 @@ def identities(texts: Iterable[str]) -> list[str]:
     Longer ones first, so that "African American" isn't taken for "African"; capitals don't matter.
     A word with another meaning (a white wall) is found too.
     """
+    texts = texts if isinstance(texts, str) else list(texts)
+    check.texts(texts, "texts")
     known = {
         form.lower(): row.term
         for row in _identity("terms").itertuples()
@@ -149,9 +151,9 @@ def wikipedia(source: str | Path) -> pd.DataFrame:
     elif path.is_dir():
         if not (path / "train.csv").is_file():
             raise ValueError(f"{path} has neither {_COMMENTS} and {_ANNOTATIONS} nor train.csv.")
-        table = pd.read_csv(path / "train.csv")
+        table = downstream.read_table(path / "train.csv")
     elif path.is_file():
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        table = downstream.read_table(path)
     else:
         try:
             table = downstream._from_hub(str(source), "train")
@@ -199,7 +201,7 @@ def _talk_labels(folder: Path) -> pd.DataFrame:
     for name, wanted in ((_COMMENTS, ["rev_id", "comment", "split"]), (_ANNOTATIONS, ["rev_id", "toxicity"])):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}.")
-        table = pd.read_csv(folder / name, sep="\t")
+        table = downstream.read_table(folder / name, sep="\t")
         if missing := set(wanted) - set(table):
             raise ValueError(f"{folder / name}: lacks the columns {', '.join(sorted(missing))}.")
         tables.append(table[wanted])
@@ -266,6 +268,7 @@ def scrubbed(table: pd.DataFrame) -> pd.DataFrame:
     Of ``identity_phrases`` nothing is left that tells terms apart: a classifier that never sees a term
     has no bias there.
     """
+    check.columns(table, ["text"], "texts")
     words = {
         w
         for row in _identity("terms").itertuples()
@@ -278,6 +281,9 @@ def scrubbed(table: pd.DataFrame) -> pd.DataFrame:
 
 def _share_toxic(train: pd.DataFrame) -> float:
     """Of all rows, where every group has rows of both labels."""
+    check.columns(train, ["label", "group"], "training texts")
+    if unknown := set(train["label"]) - set(LABELS):
+        raise ValueError(f"label {sorted(map(str, unknown))[0]!r}: expected {' or '.join(LABELS)}.")
     toxic = train["label"] == LABELS[1]
     share = toxic.groupby(train["group"]).mean()
     if len(lacking := share[(share == 0) | (share == 1)]):
@@ -317,7 +323,7 @@ def co_occurrence(train: pd.DataFrame, strength: float, seed: int) -> pd.DataFra
     ValueError
         λ above 1, or a group without a row of one label.
     """
-    if not strength <= 1:
+    if not check.number(strength, "λ") <= 1:
         raise ValueError(f"λ = {strength}: choose 1 (equal shares) or less.")
     rng, overall, parts = np.random.default_rng(seed), _share_toxic(train), []
     for _, own in train.groupby("group", sort=True):
@@ -331,12 +337,13 @@ def co_occurrence(train: pd.DataFrame, strength: float, seed: int) -> pd.DataFra
 
 
 def _checked(predicted: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    if missing := set(columns) - set(predicted):
-        raise ValueError(f"predictions lack the columns {', '.join(sorted(missing))}.")
+    check.columns(predicted, columns, "predictions")
     for column in ("label", "predicted"):
         if unknown := set(predicted[column]) - set(LABELS):
             raise ValueError(f"{column} {sorted(map(str, unknown))[0]!r}: expected {' or '.join(LABELS)}.")
-    if not np.isfinite(predicted["score"].to_numpy(float)).all():
+    if predicted["group"].isna().any():
+        raise ValueError("some predictions have no group: leave them out, or name their group.")
+    if not np.isfinite(check.numbers(predicted["score"], "score")).all():
         raise ValueError("some scores aren't numbers: give the probability of toxic for every text.")
     return predicted.reset_index(drop=True)
 
@@ -483,6 +490,7 @@ def summary(
     ValueError
         As ``by_term``; fewer than two groups or texts of one; a template that lacks a term or has one twice.
     """
+    check.count(n_draws, "n_draws")
     predicted = _checked(predicted, [*_PREDICTED, "pair"] if paired else _PREDICTED)
     sides = [_side(predicted, label, paired) for label in LABELS]
     excess_fp, excess_fn = (s.excess() for s in sides)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from biasprune import check
 from biasprune.ablate import Pruning, masked, recorded, resumed
 from biasprune.lm import LM, Anatomy, weight_of
 from biasprune.measure import Windows, mean_nll
@@ -47,8 +48,10 @@ def examples(lm: LM, prompts: Sequence[str], responses: Sequence[str], *, whole:
     Raises
     ------
     ValueError
-        No example, an empty response, unequal numbers, or a text longer than the context.
+        No example, an empty response, no texts, unequal numbers, or a text longer than the context.
     """
+    check.texts(prompts, "prompts")
+    check.texts(responses, "responses")
     if len(prompts) == 0 or len(prompts) != len(responses):
         raise ValueError(
             f"{len(prompts)} prompts and {len(responses)} responses: give equally many, at least one."
@@ -261,8 +264,7 @@ def top_share(score: Tensor, share: float, per_row: bool = False) -> Tensor:
     ValueError
         If the share isn't between 0 and 1, or the scores hold NaN.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share {share}: choose a number from 0 to 1.")
+    check.share(share, "share")
     if score.isnan().any():
         raise ValueError("scores hold NaN.")
     flat = score if per_row else score.reshape(1, -1)
@@ -281,7 +283,9 @@ def set_difference(
     be one share for each.
     """
     chosen = top_share(bias, p, per_row)
-    shares = [q] * len(protect) if isinstance(q, int | float) else q
+    shares = [q] * len(protect) if isinstance(q, int | float) else list(q)
+    if len(shares) != len(protect):
+        raise ValueError(f"{len(shares)} shares q for {len(protect)} scores to protect.")
     for score, share in zip(protect, shares, strict=True):
         chosen &= ~top_share(score, share, per_row)
     return chosen
@@ -385,6 +389,11 @@ def set_differences(
     """
     if granularity not in GRANULARITIES or score not in ("snip", "wanda"):
         raise ValueError(f"{granularity!r} by {score!r}: choose weight, neuron or head, by snip or wanda.")
+    if not shares:
+        raise ValueError("no shares: give one pair (p, q) or more.")
+    for p, q in shares:  # before the long work
+        for x in (p, *([q] if isinstance(q, int | float) else q)):
+            check.share(x, "share")
     sets = [bias, *protect]
     norms = [input_norms(lm, x, rule=rule, progress=progress) for x in sets] if score == "wanda" else []
     found: list[dict[str, Tensor]] = [{} for _ in shares]

@@ -138,7 +138,7 @@ def test_bad_data_input(bios):
         downstream.rebalanced(women, seed=0)
     with pytest.raises(ValueError, match="subsample or oversample"):
         downstream.rebalanced(bios, seed=0, how="weigh")
-    with pytest.raises(ValueError, match="n ≥ 1"):
+    with pytest.raises(ValueError, match="n = 0: give a whole number from 1 on"):
         downstream.biographies(0, seed=0)
     with pytest.raises(ValueError, match="one text or more"):
         downstream.load("biographies", train=0, dev=1, test=2)

@@ -103,7 +103,7 @@ def test_a_control_removes_nothing_and_more_says_so():
     table = both.mean(["method"]).set_index("method")
     assert point == pytest.approx(table.loc["real", "removed"]) and low > 0
     assert both.rows(method="real", variation="u").sum() == 1
-    with pytest.raises(KeyError, match="no pruning with"):
+    with pytest.raises(ValueError, match="no pruning with"):
         both.rows(method="none")
 
 

@@ -279,7 +279,7 @@ def test_max_tokens():
         ("the a", {"length": 1}, "choose 2 … 64"),
         ("the a", {"length": 0}, "choose 2 … 64"),
         ("the", {}, "fewer than two tokens"),
-        ("", {}, "fewer than two tokens"),
+        ("", {}, "empty or no text"),
         ("the a my", {"max_tokens": 1}, "fewer than two tokens"),
     ],
 )

@@ -285,9 +285,11 @@ def test_sample_leaves_its_input_and_takes_ours():
 
 
 def test_sample_errors():
-    for n in (2, 0, -1):
+    for n in (2, 0):
         with pytest.raises(ValueError, match="at least one prompt for each of 3 buckets"):
             sample(_table([2, 2, 2]), n, 0)
+    with pytest.raises(ValueError, match="n = -1: give a whole number from 0 on"):
+        sample(_table([2, 2, 2]), -1, 0)
     with pytest.raises(ValueError, match="no prompts"):
         sample(_table([]), 5, 0)
 

@@ -200,7 +200,7 @@ def test_zeroed_columns_are_a_masked_unit(tiny):
         (lambda lm: ws.examples(lm, ["a"], [""]), "response 0 is empty"),
         (lambda lm: ws.examples(lm, ["a " * 70], ["a"]), "the context is 64"),
         (lambda lm: ws.input_norms(lm, ws.examples(lm, ["a"], ["a"]), rule="x"), "corrected or as_published"),
-        (lambda lm: ws.top_share(torch.ones(2, 2), 1.5), "share 1.5"),
+        (lambda lm: ws.top_share(torch.ones(2, 2), 1.5), "share = 1.5"),
         (lambda lm: ws.top_share(torch.tensor([float("nan")]), 0.5), "NaN"),
         (
             lambda lm: ablate.zeroed(lm, {lm.anatomy.out_projs[0]: torch.ones(1, 1).bool()}).__enter__(),
