@@ -752,7 +752,9 @@ def ways(table: pd.DataFrame, costs: pd.DataFrame, contexts: Sequence[str], plai
         axis.set_title(context, fontsize=11)
     axes[0].set_yticks(y, names)
     axes[0].invert_yaxis()
-    axes[len(contexts) // 2].set_xlabel("slope of p(she) on the share of women (dotted: unchanged model)")
+    axes[len(contexts) // 2].set_xlabel(
+        "bias: slope of the pronouns' log-odds on the share's (0: none; dotted: unchanged model)"
+    )
     axes[-1].scatter(costs["ppl_ratio"], y, s=45, marker="s", c=fill, edgecolors="black")
     axes[-1].axvline(1, color="black", lw=0.8, ls=":")
     axes[-1].set_title("perplexity", fontsize=11)

@@ -209,7 +209,7 @@ class Pairs:
     ----------
     stereotyped, other
         Examples; only the pronoun counts. Stereotyped: "she" of occupations with more women than the mean of
-        all occupations, "he" of the rest.
+        all occupations (``pairs``) or than one half (``yardstick.stereotypes``), "he" of the rest.
     weight
         (prompts,): the two kinds of occupation have half the weight each, so that preferring one pronoun
         everywhere is no bias.
