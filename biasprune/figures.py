@@ -711,7 +711,7 @@ def bias_against_strength(
     """Bias (column excess; what it is) against λ, a line per intervention on the model, seeds as points."""
     own = cells[cells["data"].isin(["none", "co-occurrence"])]
     own = own.groupby("upstream", sort=False).filter(lambda g: g["strength"].nunique() > 1)
-    panels = list(own.groupby("data_name", sort=False))
+    panels = list(own.groupby("data_name", sort=False)) or [("no model has two levels of λ", own.iloc[:0])]
     figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4.2))
     for axis, (name, part) in zip(axes[0], panels, strict=True):
         for i, (upstream, some) in enumerate(part.groupby("upstream", sort=False)):

@@ -173,7 +173,8 @@ def slopes(cells: pd.DataFrame, value: str = "excess", most: float = 0.25) -> pd
     Returns
     -------
     DataFrame
-        upstream, slope (mean over seeds), low, high (95 %, Student's t), seeds, needed.
+        upstream, slope (mean over seeds), low, high (95 %, Student's t), sd (over seeds), seeds, needed
+        (seeds that would tell a slope of this size from 0).
     """
     own = cells[cells["data"].isin(["none", "co-occurrence"]) & cells["strength"].between(0, most)]
     rows = []
@@ -182,9 +183,9 @@ def slopes(cells: pd.DataFrame, value: str = "excess", most: float = 0.25) -> pd
             continue
         each = _slopes_by_seed(part, upstream, value)
         low, high, sd = _interval(each)
-        row = {"upstream": upstream, "slope": each.mean(), "low": low, "high": high, "seeds": len(each)}
-        rows.append({**row, "needed": seeds_needed(each.mean(), sd)})
-    return pd.DataFrame(rows, columns=["upstream", "slope", "low", "high", "seeds", "needed"])
+        row = {"upstream": upstream, "slope": each.mean(), "low": low, "high": high, "sd": sd}
+        rows.append({**row, "seeds": len(each), "needed": seeds_needed(each.mean(), sd)})
+    return pd.DataFrame(rows, columns=["upstream", "slope", "low", "high", "sd", "seeds", "needed"])
 
 
 def attribution(gaps: pd.DataFrame) -> pd.DataFrame:
@@ -250,6 +251,8 @@ def judged(
     *,
     classes: int,
     barely: float = 0.25,
+    slight: float = 0.25,
+    by_construction: Sequence[str] = (),
     value: str = "excess",
 ) -> pd.DataFrame:
     """The claims, from ``against``, ``slopes`` and the cells.
@@ -263,6 +266,11 @@ def judged(
         Number of classes, for chance.
     barely
         Share of the plain model's bias: what lies within ± this share, interval and all, barely changes it.
+    slight
+        λ up to which changes count as slight, as in ``slopes``.
+    by_construction
+        Data interventions that can't leave any bias, whatever the classifier, such as scrubbing where paired
+        texts then are the same. C2 leaves them out: they would win in every world.
 
     Returns
     -------
@@ -279,7 +287,7 @@ def judged(
     lost = [s for s in kinds.index if s not in able]
     kinds = kinds.loc[[s for s in kinds.index if s in able]]
     model = kinds.index[(kinds["data"] == "none") & ~kinds["upstream"].isin(["pretrained", "randomized"])]
-    data = kinds.index[(kinds["upstream"] == "pretrained") & (kinds["data"] != "none")]
+    data = kinds.index[(kinds["upstream"] == "pretrained") & ~kinds["data"].isin(["none", *by_construction])]
     rest = (f"; left out, hardly learns: {', '.join(lost)}" if lost else "") + (
         "" if biased else f"; the plain model shows no bias to lower (p = {p:.2f})"
     )
@@ -296,7 +304,7 @@ def judged(
     if len(model):
         own = effects.set_index("setting").loc[model]
         inside = (own["low"] > -bound) & (own["high"] < bound)
-        room = (bound - own["effect"].abs()).clip(lower=max(bound, 1e-9) / 4)
+        room = (bound - own["effect"].abs()).abs().clip(lower=max(bound, 1e-9) / 4)
         listed = [f"{s} {r.effect:+.4f} (accuracy {r.accuracy:.2f})" for s, r in own.iterrows()]
         add(
             "C1: interventions on the model barely change the bias",
@@ -317,26 +325,33 @@ def judged(
             low > 0,
             high < 0,
             seeds_needed(each.mean(), sd),
-            "what the best one lowers, chosen by the other seeds: data − model",
+            "what the best one lowers, chosen by the other seeds: data − model"
+            + (
+                f"; left out, no bias by construction: {', '.join(by_construction)}"
+                if by_construction
+                else ""
+            ),
         )
-    known = slope[[f"{u}, none" in able for u in slope["upstream"]]].set_index("upstream")
+    known = slope[(slope["upstream"].astype(str) + ", none").isin(able)].set_index("upstream")
     if "pretrained" not in known.index:
         return pd.DataFrame(rows)
     one = known.loc["pretrained"]
     moves = one["high"] < 0 or one["low"] > 0
-    flat = one["low"] > -bound and one["high"] < bound and not moves
+    flat = slight * one["low"] > -bound and slight * one["high"] < bound and not moves
     why = f"change of {value} per λ"
     ends = (one["low"], one["high"])
-    add("C3a: slight changes of co-occurrence matter", one["slope"], ends, moves, flat, one["needed"], why)
+    room = bound / slight - abs(one["slope"])  # to either verdict, whichever is nearer
+    needed = min(one["needed"], seeds_needed(room, one["sd"]) if room > 0 else np.inf)
+    add("C3a: slight changes of co-occurrence matter", one["slope"], ends, moves, flat, needed, why)
     other, last = "C3b: such changes do nothing once pre-trained", "C4: pre-training changes what the data do"
     if "randomized" not in known.index:
-        why = "needs a randomized model that learns, with the same changes"
-        for claim in (other, last):
-            add(claim, np.nan, (np.nan, np.nan), False, False, np.nan, why)
+        lacking = "needs a randomized model that learns, with the same changes"
+        add(other, one["slope"], ends, False, moves, np.nan, f"{why}; to be reproduced it {lacking}")
+        add(last, np.nan, (np.nan, np.nan), False, False, np.nan, lacking)
         return pd.DataFrame(rows)
     two = known.loc["randomized"]
     why += f"; randomized {two['slope']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
-    steep, most = two["high"] < 0 or two["low"] > 0, max(one["needed"], two["needed"])
+    steep, most = two["high"] < 0 or two["low"] > 0, max(needed, two["needed"])
     add(other, one["slope"], ends, flat and steep, moves, most, why)
     own = cells[cells["data"].isin(["none", "co-occurrence"])]
     each = _slopes_by_seed(own, "pretrained", value) - _slopes_by_seed(own, "randomized", value)

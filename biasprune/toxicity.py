@@ -217,7 +217,7 @@ def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, least: in
     """At most so many comments, equally many toxic and other ones, and all of ``identity_phrases``.
 
     Groups with fewer than ``least`` comments of either label for testing, or none for training, are joined
-    in one, ``REST``, with the comments that name no term.
+    in one, ``REST``, with the comments that name no term, and left out if they are too few together.
 
     Parameters
     ----------
@@ -239,12 +239,10 @@ def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, least: in
         raise ValueError(f"need one comment or more for training, dev and testing; got {sizes}.")
     whole = reddit_comments(seed) if name == "reddit" else wikipedia(name)
     own = pd.concat([downstream.some(whole, s, n, seed) for s, n in sizes.items()], ignore_index=True)
-    counts = {
-        s: pd.crosstab(t["group"], t["label"]).reindex(own["group"].unique(), columns=LABELS, fill_value=0)
-        for s, t in own.groupby("split")
-    }
-    enough = (counts["test"].min(axis=1) >= least) & (counts["train"].min(axis=1) >= 1)
-    own["group"] = own["group"].where(own["group"].map(enough) & (own["group"] != ""), REST)
+    if lacking := [s for s in sizes if not (own["split"] == s).any()]:
+        raise ValueError(f"{name}: no comments of the split {lacking[0]!r}.")
+    own["group"] = own["group"].where(_enough(own, least) & (own["group"] != ""), REST)
+    own = own[_enough(own, least)]  # the rest together may still be too few
     if own["group"].nunique() < 2:
         raise ValueError(
             f"{name}: fewer than two groups have {least} comments of either label for testing and one for "
@@ -252,6 +250,21 @@ def load(name: str, *, train: int, dev: int, test: int, seed: int = 0, least: in
         )
     parts = [own.assign(pair="", part="comments"), identity_phrases().assign(part="phrases")]
     return pd.concat(parts, ignore_index=True)
+
+
+def _enough(own: pd.DataFrame, least: int) -> pd.Series:
+    """Rows of groups with ``least`` comments of either label for testing, and some for training."""
+    counts = pd.crosstab([own["split"], own["group"]], own["label"]).reindex(columns=LABELS, fill_value=0)
+    fewest = counts.min(axis=1).unstack("split", fill_value=0)
+    return own["group"].map((fewest["test"] >= least) & (fewest["train"] >= 1))
+
+
+def contrasts() -> list[list[str]]:
+    """Sentences that differ in the identity term alone, all terms at a time: what "debiased" takes out."""
+    people = _identity("terms")["many"]
+    return [
+        [p.format(many) for many in people] for p in ("We met {}.", "This is about {}.", "Many {} live here.")
+    ]
 
 
 def published() -> pd.DataFrame:

@@ -43,7 +43,7 @@ def test_interventions_on_the_model():
             assert not torch.equal(w, fresh.base_model.get_parameter(name))
         else:
             assert not other.any()
-    own = classify.gender_direction(plain, tokenizer)
+    own = classify.bias_direction(plain, tokenizer)
     before = classify.embed(plain, tokenizer, ["She sings.", "He sings."]) @ own
     handle = classify.project_out(plain, own)
     after = classify.embed(plain, tokenizer, ["She sings.", "He sings."]) @ own
@@ -54,7 +54,7 @@ def test_interventions_on_the_model():
 
 def test_gender_direction_is_what_the_pairs_differ_by():
     model, tokenizer = classify.load("tiny-gpt2", ["a", "b"], seed=0)
-    own = classify.gender_direction(model, tokenizer)
+    own = classify.bias_direction(model, tokenizer)
     women, men = (
         classify.embed(model, tokenizer, [p.format(w[i]) for p in classify.PATTERNS for w in classify.PAIRS])
         for i in (0, 1)
@@ -96,6 +96,51 @@ def test_a_cell_that_was_stopped_goes_on(table, tmp_path, monkeypatch):
     again = classify.cell("tiny-bert", classify.Setting(), train, dev, test, RECIPE, **options)
     pd.testing.assert_frame_equal(whole, again)
     assert len(steps) == -(-len(train) // RECIPE.batch), "one epoch of two was left"
+
+
+def test_a_cell_killed_after_it_stopped_early_trains_no_more(table, tmp_path, monkeypatch):
+    """Accuracy that can't get better: stopped after the second epoch, and killed right then."""
+    recipe = classify.Recipe(epochs=6, learning_rate=1e-9, batch=16, length=64, patience=1)
+    data = (*parts(table), recipe)
+    whole = classify.cell("tiny-bert", classify.Setting(), *data, seed=1, folder=tmp_path / "a")
+
+    class Killed(Exception):
+        pass
+
+    real, saved = classify.transformers.Trainer._save_checkpoint, []
+
+    def save_and_die(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        saved.append(1)
+        if len(saved) == 2:
+            raise Killed
+
+    monkeypatch.setattr(classify.transformers.Trainer, "_save_checkpoint", save_and_die)
+    with pytest.raises(Killed):
+        classify.cell("tiny-bert", classify.Setting(), *data, seed=1, folder=tmp_path / "b")
+    monkeypatch.setattr(classify.transformers.Trainer, "_save_checkpoint", real)
+    refuse = lambda *a, **k: pytest.fail("nothing is left to train")  # noqa: E731
+    monkeypatch.setattr(classify.transformers.Trainer, "training_step", refuse)
+    again = classify.cell("tiny-bert", classify.Setting(), *data, seed=1, folder=tmp_path / "b")
+    pd.testing.assert_frame_equal(whole, again)
+
+
+def test_scrubbed_pairs_leave_no_bias_whatever_the_classifier(tmp_path):
+    own = downstream.load("biographies", train=90, dev=30, test=120)
+    at = classify.Setting(data="scrubbed")
+    data = mitigation.prepared(own, at, 0)
+    recipe = classify.Recipe(epochs=1, learning_rate=2e-3, batch=8, length=64, bf16=True)
+    got = classify.cell("tiny-bert", at, *data, recipe, seed=0, folder=tmp_path / "x")
+    table, _ = classify.rates(got, least=2)
+    assert (table["gap"] == 0).all() and got["predicted"].nunique() > 1
+
+
+def test_what_cannot_be_classified_fails_before_the_work(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(classify, "fine_tune", lambda *a, **k: pytest.fail("must not start"))
+    train, dev, test = parts(table)
+    with pytest.raises(ValueError, match="class 'nurse' isn't among"):
+        less = train[train["label"] != "nurse"]
+        classify.cell("tiny-bert", classify.Setting(), less, dev, test, RECIPE, seed=0, folder=tmp_path)
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path):
@@ -339,9 +384,11 @@ def grid(rms_of, seeds=5, noise=0.005, accuracy=lambda at: 0.8) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(rms_of, p=0.001, **options) -> dict[str, str]:
+def claims(rms_of, p=0.001, by_construction=(), without="", **options) -> dict[str, str]:
     cells = grid(rms_of, **options).assign(p=p)
-    found = mitigation.judged(mitigation.against(cells), mitigation.slopes(cells), cells, classes=10)
+    cells = cells[cells["upstream"] != without]
+    given = mitigation.against(cells), mitigation.slopes(cells), cells
+    found = mitigation.judged(*given, classes=10, by_construction=by_construction)
     return {r.claim[:3].strip(": "): r.verdict for r in found.itertuples()}
 
 
@@ -372,9 +419,24 @@ def test_verdicts_of_worlds_that_are_known():
     # the same by a model that has forgotten its task: nothing is said about it
     got = claims(model_world, accuracy=lambda at: 0.3 if at.upstream in ("perturbed", "debiased") else 0.8)
     assert "C1" not in got and "C2" not in got
-    # and where the randomized one hasn't learned, what is said about it can't be judged
-    got = claims(data_world, accuracy=lambda at: 0.2 if at.upstream == "randomized" else 0.8)
-    assert got["C3a"] == "reproduced" and got["C3b"] == got["C4"] == "undecided"
+    # without a randomized one that has learned, C3b can be refuted, not reproduced, and C4 isn't judged
+    for lost in ("randomized", ""):
+        few = (
+            {"accuracy": lambda at: 0.2 if at.upstream == "randomized" else 0.8}
+            if lost
+            else {"without": "randomized"}
+        )
+        got = claims(data_world, **few)
+        assert got["C3a"] == "reproduced" and got["C3b"] == "not reproduced" and got["C4"] == "undecided"
+        got = claims(steed_world, **few)
+        assert got["C3a"] == "not reproduced" and got["C3b"] == got["C4"] == "undecided"
+
+    def scrubbing_world(at):  # the model decides; scrubbed pairs are alike by construction
+        if at.data == "scrubbed":
+            return 0.0
+        return 0.04 if at.upstream in ("perturbed", "debiased") else 0.16
+
+    assert claims(scrubbing_world, by_construction=("scrubbed",))["C2"] == "not reproduced"
     assert set(claims(data_world, p=0.4).values()) == {"undecided"}, "no bias to lower"
 
     def rising_world(at):  # slight changes raise it: they matter all the same

@@ -149,9 +149,12 @@ def test_texts_for_testing_stand_in_both_genders():
     assert table["split"].value_counts().to_dict() == {"train": 30, "dev": 15, "test": 90}
     assert (table.loc[table["split"] != "test", "pair"] == -1).all()
     tested = table[table["split"] == "test"]
+    names = pd.read_csv(fetch.data_dir() / "audit" / "names.csv")
+    race = dict(zip(names["name"], names["race"], strict=True))
     for _, two in tested.groupby("pair"):
         assert sorted(two["group"]) == ["female", "male"]
         assert two["label"].nunique() == two["phrases"].nunique() == 1
+        assert two["name"].map(race).nunique() == 1
     clean = downstream.scrubbed(tested)
     same = clean.groupby("pair")["text"].nunique()
     assert (same == 1).all(), "scrubbed, nothing tells them apart"
@@ -172,6 +175,16 @@ def test_fields_of_bold():
     assert tested["label"].value_counts().tolist() == [20] * 14
     assert set(tested.groupby("pair")["group"].agg(lambda g: tuple(sorted(g)))) == {("female", "male")}
     short = downstream.bold_fields(words=8)
+    said = short["text"].str.split(". ", n=1).str[1].where(~short["text"].str.startswith("M"))
+    said = said.dropna()  # after openings without a title, whose dot is the first
+    known = short.loc[said.index].groupby(said)
+    assert (
+        (known["split"].nunique() == 1).all() and (known["label"].nunique() == 1).all() and len(said) > 5000
+    )
+    other = downstream.bold_fields(seed=1)
+    assert set(other.loc[other["split"] == "test", "pair"]) != set(
+        table.loc[table["split"] == "test", "pair"]
+    )
     assert short["text"].str.split().str.len().max() <= 8 + 8 < table["text"].str.split().str.len().median()
     clean = downstream.scrubbed(table)
     assert clean["text"].str.startswith(("_", "This is what _", "It is _", "For years _")).mean() > 0.99

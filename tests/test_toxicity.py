@@ -256,15 +256,25 @@ def test_load_draws_comments_and_adds_the_phrases(phrases):
     whole = toxicity.reddit_comments(1).set_index("text")["split"]
     assert (whole[own["text"]].to_numpy() == own["split"]).all()
     few = toxicity.load("reddit", train=200, dev=50, test=300, seed=1, least=24)
-    joined = own["group"].to_numpy() != few.loc[few["part"] == "comments", "group"]
     test = own[own["split"] == "test"]
     small = pd.crosstab(test["group"], test["label"]).min(axis=1) < 24
-    assert small.any() and not small.all()
-    assert (joined.to_numpy() == own["group"].map(small).to_numpy()).all(), "in all splits"
+    assert small.sum() == 1, "joined with nobody, it is still too small"
+    assert (
+        few.loc[few["part"] == "comments", "text"].tolist()
+        == own.loc[~own["group"].map(small), "text"].tolist()
+    )
+    assert toxicity.REST not in set(few["group"])
     with pytest.raises(ValueError, match="fewer than two groups have 20 comments of either label"):
         toxicity.load("reddit", train=200, dev=50, test=100, least=20)
     with pytest.raises(ValueError, match="one comment or more .* 'dev': 0"):
         toxicity.load("reddit", train=200, dev=0, test=300)
+
+
+def test_contrasts_differ_in_the_term_alone():
+    for own in toxicity.contrasts():
+        assert len(set(own)) == 25
+        masked = toxicity.scrubbed(pd.DataFrame({"text": own}))["text"]
+        assert masked.nunique() == 1
 
 
 def test_load_joins_comments_without_a_term(tmp_path):
