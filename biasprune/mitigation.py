@@ -13,9 +13,10 @@ import pandas as pd
 import statsmodels.formula.api as smf
 from scipy import stats
 
-from biasprune import downstream, toxicity
+from biasprune import check, downstream, toxicity
 from biasprune.classify import UPSTREAM, Setting, rates, summary
 
+PLAIN = "pretrained, none"
 MODEL, DATA = "model (intrinsic, upstream)", "data (share, data)"
 
 
@@ -128,13 +129,20 @@ def against(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:
     Raises
     ------
     ValueError
-        With a single seed there is no interval.
+        With a single seed there is no interval; missing columns, seeds, or plain pre-trained model.
     """
+    check.columns(cells, ["setting", "seed", "accuracy", value], "cells")
+    if PLAIN not in set(cells["setting"]):
+        raise ValueError(f"no cells of the plain model ({PLAIN!r}) to compare with.")
     wide = cells.pivot(index="seed", columns="setting", values=value)
     n = len(wide)
     if n < 2:
         raise ValueError("one seed gives no interval: take three or more.")
-    base, rows = wide["pretrained, none"], []
+    if wide.isna().any(axis=None):
+        raise ValueError(
+            f"every setting needs every seed, and a number for it: {wide.isna().any().idxmax()}."
+        )
+    base, rows = wide[PLAIN], []
     for name in dict.fromkeys(cells["setting"]):
         effect = wide[name] - base
         mean, (low, high, sd) = effect.mean(), _interval(effect)
@@ -149,7 +157,7 @@ def against(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:
                 "low": low,
                 "high": high,
                 "sd": sd,
-                "needed": np.nan if name == "pretrained, none" else seeds_needed(mean, sd),
+                "needed": np.nan if name == PLAIN else seeds_needed(mean, sd),
             }
         )
     return pd.DataFrame(rows)
@@ -239,8 +247,8 @@ def learned(effects: pd.DataFrame, classes: int) -> list[str]:
 
     Below that a classifier's gaps say little: at chance there are none.
     """
-    chance = 1 / classes
-    plain = effects.loc[effects["setting"] == "pretrained, none", "accuracy"].iloc[0]
+    chance = 1 / check.count(classes, "classes", 2)
+    plain = effects.loc[effects["setting"] == PLAIN, "accuracy"].iloc[0]
     return list(effects["setting"][effects["accuracy"] - chance >= 0.5 * (plain - chance)])
 
 
@@ -278,9 +286,9 @@ def judged(
         claim, ours, low, high, verdict ("reproduced", "not reproduced", "undecided"), needed (seeds that
         would decide an undecided one, if the effect is of this size), why.
     """
-    plain = effects[effects["setting"] == "pretrained, none"].iloc[0]
+    plain = effects[effects["setting"] == PLAIN].iloc[0]
     bound, rows, able = barely * plain[value], [], learned(effects, classes)
-    p = cells.loc[cells["setting"] == "pretrained, none", "p"].median()
+    p = cells.loc[cells["setting"] == PLAIN, "p"].median()
     biased = bool(p < 0.05 and bound > 0)
     wide = cells.pivot(index="seed", columns="setting", values=value)
     kinds = cells.drop_duplicates("setting").set_index("setting")
@@ -370,7 +378,7 @@ def judged(
 
 def _best(wide: pd.DataFrame, arms: Sequence[str]) -> pd.Series:
     """What the best of some settings lowers in each seed, the best by the mean of the other seeds."""
-    lowered = -wide[list(arms)].sub(wide["pretrained, none"], axis=0)
+    lowered = -wide[list(arms)].sub(wide[PLAIN], axis=0)
     others = (lowered.sum() - lowered) / (len(lowered) - 1)
     best = others.idxmax(axis=1)
     return pd.Series({seed: lowered.loc[seed, best[seed]] for seed in lowered.index})

@@ -794,14 +794,37 @@ fault("published.noise_floor", "no prompts of a group", no_count_or_zero,
       lambda n: published.noise_floor(paper, "religion", {"a": 2, "b": n}), "prompts of b = ")
 
 
-def tune(given: list, **options: Any) -> None:
-    with yardstick.tuned(tiny(), given, **options):
-        pass
+def tune(given: list, **options: Any) -> models.LM:
+    return yardstick.tuned(tiny(), given, **options)
 
 
-fault("yardstick.tuned", "no texts", [[]], tune, "at least one of each")
-fault("yardstick.tuned", "no epoch", st.integers(-3, 0), lambda n: tune(["A man."], epochs=n),
-      "at least one of each")
+fault("yardstick.tuned", "no texts", [[]], tune, "texts = 0")
+fault("yardstick.tuned", "no epoch", st.integers(-3, 0), lambda n: tune(["A man."], epochs=n), "epochs = ")
+fault("yardstick.tuned", "no texts per step", st.integers(-3, 0), lambda n: tune(["A man."], batch=n),
+      "batch = ")
+fault("yardstick.slope", "shares all alike", st.floats(0, 1),
+      lambda s: yardstick.slope(np.arange(4.0), np.full(4, s)), "alike")
+fault("yardstick.stereotypes", "several pronouns", [0],
+      lambda _: yardstick.stereotypes(tiny(), yardstick.prompts()), "one context")
+fault("yardstick.log_odds", "no prompts", [0],
+      lambda n: yardstick.log_odds(tiny(), yardstick.prompts().iloc[:n]), "prompts")
+
+# ---- mitigation ------------------------------------------------------------------------------------------
+
+cells = pd.DataFrame(
+    [(s, k, 0.8, 0.1) for s in ("pretrained, none", "pretrained, scrubbed") for k in range(3)],
+    columns=["setting", "seed", "accuracy", "excess"],
+)
+fault("mitigation.against", "columns missing", st.sampled_from(list(cells)),
+      lambda c: mitigation.against(cells.drop(columns=c)), "lack the columns")
+fault("mitigation.against", "no plain model", [3], lambda n: mitigation.against(cells.iloc[n:]),
+      "to compare with")
+fault("mitigation.against", "a seed missing", st.integers(0, 5),
+      lambda i: mitigation.against(cells.drop(index=i)), "every setting needs every seed")
+fault("mitigation.against", "one seed", st.integers(0, 2),
+      lambda k: mitigation.against(cells[cells["seed"] == k]), "one seed")
+fault("mitigation.learned", "fewer than two classes", st.integers(-2, 1),
+      lambda n: mitigation.learned(mitigation.against(cells), n), "classes = ")
 
 # ---- record, fetch ------------------------------------------------------------------------------------
 
