@@ -12,7 +12,6 @@ import json
 import re
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,25 +19,14 @@ import numpy as np
 import pandas as pd
 
 from biasprune import batch, crate, ledger, record
-from biasprune.batch import execute
 from biasprune.batch import parameters_of as parameters_of
 from biasprune.batch import read_parameters as read_parameters
 
 
 def run(names: list[str], out: Path, only: list[str]) -> int:
     """Run notebooks with parameter files and write the report; the number of failures."""
-    failed, wanted = 0, only or list(batch.notebooks())
-    # everything is checked before anything starts
-    for job in batch.plan(batch.Grid(notebooks=wanted, params=names, out=out)):
-        print(f"{job.notebook.stem} with {job.folder.parent.name} → {job.folder}", file=sys.stderr)
-        start = time.monotonic()
-        error = execute(job.notebook, job.values, job.folder)
-        minutes = (time.monotonic() - start) / 60
-        print(f"{error}\n  FAILED" if error else "  done", f"after {minutes:.1f} min", file=sys.stderr)
-        failed += error != ""
-    if batch.OVERVIEW in wanted:
-        failed += batch.overview(out)
-    return failed + report(out)
+    grid = batch.Grid(notebooks=only or list(batch.notebooks()), params=names, out=out)
+    return batch.run(grid) + report(out)
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -230,7 +230,9 @@ class Job:
         paths = {s: Path(s).expanduser() for s in sorted(strings) if s}
         named = {s: _sha256(p) for s, p in paths.items() if os.path.exists(p)}
         cells = [c.source for c in load_notebook_node(str(self.notebook)).cells]
-        code, data = record.code_sha256(), _sha256(fetch.data_dir())
+        code = record.code_sha256()
+        # claims are read by the overview alone, which is run each time
+        data = [_sha256(p) for p in sorted(fetch.data_dir().iterdir()) if p.name != "claims.csv"]
         parts = [self.notebook.stem, cells, self.values, named, code, data]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -242,6 +244,7 @@ class Job:
         # another run wrote into the folder, or the code was another one while this ran
         code = facts.get("provenance", {}).get("code_sha256", record.code_sha256())
         other = stamp["run"] != facts.get("key") or code != record.code_sha256()
+        other |= facts.get("status", "done") != "done"
         return "" if stamp["status"] == "done" and other else stamp["status"]
 
     def stamp(self, error: str, start: float) -> None:
@@ -344,6 +347,10 @@ def execute(
     another thread, stops it. The process inherits the open file ``keep``, and with it a lock.
     """
     target.mkdir(parents=True, exist_ok=True)
+    if _json(target / "run.json").get("status") == "done":
+        # computed anew, on this machine; what a run left behind that was stopped, is gone on with
+        for old in [target / "run.json", *target.glob("*.parquet")]:
+            old.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         given, log = Path(scratch) / "parameters.yaml", Path(scratch) / "progress"
         given.write_text(yaml.safe_dump({**values, "out": target.as_posix()}))
@@ -364,14 +371,21 @@ def execute(
                         process.terminate()
                         process.wait()
             # the one failure that a second try mends: another process took the kernel's port
-            if process.returncode == 0 or "Address already in use" not in errors.read_text() or attempt == 2:
+            if (
+                process.returncode == 0
+                or attempt == 2
+                or "Address already in use" not in errors.read_text(errors="replace")
+            ):
                 break
         if executed.exists():
             _without_paths(executed, target)
         if process.returncode == 0:
             return ""
         killed = "\nkilled, perhaps for want of memory" if process.returncode == -9 else ""
-        return errors.read_text().strip() + killed or f"papermill ended with {process.returncode}"
+        return (
+            errors.read_text(errors="replace").strip() + killed
+            or f"papermill ended with {process.returncode}"
+        )
 
 
 def _show(process: subprocess.Popen, log: Path, stop: threading.Event, label: str) -> None:
@@ -431,6 +445,8 @@ def _locked(job: Job, wait: bool) -> Iterator[TextIO | None]:
             held = True
         except BlockingIOError:
             held = False
+        except OSError as e:
+            raise OSError(f"{job.folder}: no locks there ({e.strerror}); choose another folder.") from e
         yield file if held else None
 
 
@@ -597,7 +613,8 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
     states = {job.name: job.state() for job in jobs}
     before = {name for name, state in states.items() if state == "done"}
     missing = [job for job in jobs if job.name not in before]
-    print(f"{len(jobs)} runs, {len(before)} of them done before; results in {grid.out}", file=sys.stderr)
+    if jobs:
+        print(f"{len(jobs)} runs, {len(before)} of them done before; results in {grid.out}", file=sys.stderr)
     if dry:
         says = {"done": "skipped: done before", "failed": "to do again: failed before", "": "to do"}
         for name, state in states.items():
@@ -615,7 +632,8 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
     finally:
         table = summary(jobs, before)
         record.write_text(grid.out / "batch.csv", table.to_csv(index=False))
-        print(table.drop(columns="error").to_string(index=False, max_colwidth=70, na_rep="–"))
+        if jobs:
+            print(table.drop(columns="error").to_string(index=False, max_colwidth=70, na_rep="–"))
     left = table[table["status"].isin(["failed", "to do"])]
     for row in left.itertuples():
         why = row.error or "the code was changed while it ran; start again"

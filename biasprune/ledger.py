@@ -234,5 +234,8 @@ def _verdict(claim: dict, found: pd.DataFrame, row: pd.Series, facts: dict, abou
         if said not in _SAID:
             raise LedgerError(f"{about}: unknown verdict {said!r}; known are {', '.join(_SAID)}.")
         return _SAID[said], why or more
+    ours = _value(claim, "ours", row, facts, about)
+    if isinstance(ours, float) and pd.isna(ours):
+        return "undecided", why
     true = _evaluated(lambda: found.eval(where, engine="python"), where, found, about)
     return ("reproduced" if bool(pd.Series(true).all()) else "not reproduced"), why

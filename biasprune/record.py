@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -160,6 +160,15 @@ def provenance(lm: LM | None = None) -> dict[str, Any]:
 def frame_sha256(frame: pd.DataFrame) -> str:
     """Digest of a frame's content, for the record of the data that went in."""
     return hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+
+
+def digests(inputs: Mapping[str, pd.DataFrame | str]) -> dict[str, str]:
+    """Digest of every table or text that goes into a run, by name: part of its configuration, so that results
+    are never taken for those of other data."""
+    return {
+        k: frame_sha256(v) if isinstance(v, pd.DataFrame) else hashlib.sha256(v.encode()).hexdigest()
+        for k, v in inputs.items()
+    }
 
 
 def peak_memory_mib() -> float:

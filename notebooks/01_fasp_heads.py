@@ -88,9 +88,12 @@ pd.set_option("display.precision", 4, "display.max_colwidth", 110)
 # %%
 config = {name: globals()[name] for name in ["model", "revision", "dtype", "axis", "prompts_source", "judge_name", "corpus_name", "rule", "fidelity", "n_valid", "n_test", "score_seeds", "grid_seeds", "test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "gammas", "alphas", "max_ppl_ratio", "random_draws", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"01_fasp_heads-{model}-{axis}")
-run = record.Run(folder, config, notebook="01_fasp_heads")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 judged_by = judge.load(judge_name)
+tables = {s: prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
+texts = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
+inputs = record.digests({**tables, **{f"{s} prose": t for s, t in texts.items()}})
+run = record.Run(folder, {**config, "inputs": {**inputs, "weights": net.revision}}, notebook="01_fasp_heads")
 run.note(provenance=record.provenance(net))
 facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
 shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
@@ -106,11 +109,9 @@ pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
 # continuation alone.
 
 # %%
-tables = {s: prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
 valid, test = (
     prompts.sample(tables[s], n or len(tables[s]), seed=0) for s, n in (("valid", n_valid), ("test", n_test))
 )
-texts = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
 cut = {"rule": rule, "length": window or None}
 valid_windows, test_windows = (
     measure.windows(net, texts[s], max_tokens=n or None, **cut)

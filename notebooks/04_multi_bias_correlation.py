@@ -98,7 +98,10 @@ config = {name: globals()[name] for name in ["model", "revision", "dtype", "axes
 folder = Path(out) if out else Path("runs") / record.slug(f"04_multi_bias_correlation-{model}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 judged_by = judge.load(judge_name, device=str(net.device))
-run = record.Run(folder, {**config, "weights": net.revision}, notebook="04_multi_bias_correlation")
+tables = {(s, a): prompts.load(a, s, prompts_source) for s in ("valid", "test") for a in axes}
+texts = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
+inputs = record.digests({**{f"{s}, {a}": t for (s, a), t in tables.items()}, **{f"{s} prose": t for s, t in texts.items()}})  # fmt: skip
+run = record.Run(folder, {**config, "inputs": {**inputs, "weights": net.revision}}, notebook="04_multi_bias_correlation")  # fmt: skip
 run.note(provenance=record.provenance(net))
 facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
 shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
@@ -114,15 +117,14 @@ pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
 
 # %%
 def drawn(split: str, n: int) -> pd.DataFrame:
-    tables = [prompts.load(axis, split, prompts_source) for axis in axes]
-    own = [prompts.sample(t, n or len(t), seed=0) for t in tables]
+    own = [prompts.sample(t, n or len(t), seed=0) for t in (tables[split, a] for a in axes)]
     return pd.concat(own, ignore_index=True)
 
 
 valid, test = drawn("valid", axes_valid), drawn("test", axes_test)
 cut = {"rule": rule, "length": window or None}
 valid_windows, test_windows = (
-    measure.windows(net, prompts.corpus(corpus_name, s), max_tokens=n or None, **cut)
+    measure.windows(net, texts[s], max_tokens=n or None, **cut)
     for s, n in (("valid", score_tokens), ("test", test_tokens))
 )
 run.note(data={"valid prompts": record.frame_sha256(valid), "test prompts": record.frame_sha256(test)})

@@ -113,8 +113,11 @@ assert cheap_fidelity in ("gradient", "importance"), "cheap_fidelity: choose gra
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 judged_by = {name: judge.load(name, device=str(net.device)) for name in judges}
 main = judges[0]
-inputs = {"published": at_hand, "weights": net.revision}
-run = record.Run(folder, {**config, **inputs}, notebook="06_reliability")
+tables = {s: prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
+prose = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
+inputs = record.digests({**tables, **{f"{s} prose": t for s, t in prose.items()}})
+inputs = {**inputs, "published": at_hand, "weights": net.revision}
+run = record.Run(folder, {**config, "inputs": inputs}, notebook="06_reliability")
 run.note(provenance=record.provenance(net))
 facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
 shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
@@ -198,12 +201,10 @@ split.style.hide(axis="index").format(precision=2)
 
 # %%
 def some(split: str, n: int) -> pd.DataFrame:
-    table = prompts.load(axis, split, prompts_source)
-    return prompts.sample(table, n or len(table), seed=0)
+    return prompts.sample(tables[split], n or len(tables[split]), seed=0)
 
 
 many, few, pairs_on, test = (some(s, n) for s, n in (("valid", cheap_prompts), ("valid", exact_prompts), ("valid", joint_prompts), ("test", n_test)))  # fmt: skip
-prose = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
 valid_windows, test_windows = (
     measure.windows(net, prose[s], length=window or None, max_tokens=n or None)
     for s, n in (("valid", score_tokens), ("test", test_tokens))

@@ -92,13 +92,14 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # %%
 config = {name: globals()[name] for name in ["model", "revision", "axis", "prompts_source", "judge_name", "corpus_name", "top_k", "temperature", "max_prompt_tokens", "speed_dtypes", "speed_work", "speed_layers", "speed_naive_heads", "speed_window", "speed_tokens", "speed_shapes", "speed_shape_work", "weight_examples", "weight_at_once", "weight_shape", "precision_layers", "precision_prompts", "adaptive_prompts", "adaptive_first", "precision_seeds", "wanted_reliability"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"07_speed-{model}")
-run = record.Run(folder, config, notebook="07_speed")
 nets = {d: lm.load(model, revision=revision or None, dtype=d, device=device) for d in speed_dtypes}
 net = nets[speed_dtypes[-1]]
 judged_by = judge.load(judge_name, device=str(net.device))
-run.note(provenance=record.provenance(net))
 table = prompts.load(axis, "valid", prompts_source)
 text = prompts.corpus(corpus_name, "valid")
+inputs = {**record.digests({"prompts": table, "prose": text}), "weights": net.revision, "device": record.device_name(net.device)}  # fmt: skip
+run = record.Run(folder, {**config, "inputs": inputs}, notebook="07_speed")
+run.note(provenance=record.provenance(net))
 sampling = {"top_k": top_k, "temperature": temperature, "max_prompt_tokens": max_prompt_tokens}
 facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
 shown = ["name", "class", "revision", "layers", "heads", "parameters", "device", "commit"]

@@ -348,7 +348,6 @@ def overview(tiny, monkeypatch) -> list[tuple[str, dict]]:
         return "ValueError: as wanted" if "fail" in [values.get("word"), os.environ.get("OVERVIEW")] else ""
 
     monkeypatch.setattr(batch, "execute", execute)
-    monkeypatch.setattr(command, "execute", execute)
     return seen
 
 
@@ -381,7 +380,7 @@ def test_the_overview_with_parameter_files(tiny, overview, monkeypatch):
     overview.clear()
     command.run(["one"], tiny / "out", ["01_tiny"])
     command.run(["one"], tiny / "out", ["00_overview"])
-    assert [name for name, _ in overview] == ["one/01_tiny", "all/00_overview"]
+    assert [name for name, _ in overview] == ["all/00_overview"], "the other was done before"
     monkeypatch.setenv("OVERVIEW", "fail")
     assert command.run(["one"], tiny / "out", ["00_overview"]) == 1
     # claims and records that don't fit count, too
@@ -722,3 +721,15 @@ def test_papermill_alone_works_from_any_folder(tmp_path):
     assert "unknown parameter" in done.stderr and "axes" in done.stderr
     [facts] = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/run.json")]
     assert facts["status"] == "done" and facts["config"]["axis"] == "religion"
+
+
+def test_a_finished_run_starts_from_nothing_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
+    """Committed results, or those of other data, are never taken for this machine's."""
+    monkeypatch.setattr(batch, "_PAPERMILL", [sys.executable, "-c", "pass"])
+    for status, left in (("done", []), ("running", ["cells.parquet", "run.json"])):
+        target = tmp_path / status
+        target.mkdir()
+        (target / "run.json").write_text(json.dumps({"status": status}))
+        (target / "cells.parquet").write_text("x")
+        assert batch.execute(Path("x.ipynb"), {}, target) == ""
+        assert sorted(p.name for p in target.iterdir()) == left

@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from biasprune import __main__ as runner
-from biasprune import judge, lm, prompts
+from biasprune import batch, judge, lm, prompts
 from biasprune.record import ROOT
 
 PARAMS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
@@ -79,7 +79,7 @@ def test_notebooks_have_the_form(path):
 
 
 def test_unknown_parameters_are_refused_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "execute", lambda *args: pytest.fail("must not start"))
+    monkeypatch.setattr(batch, "execute", lambda *args, **_: pytest.fail("must not start"))
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: planted\nn_promts: 3\n")
     with pytest.raises(SystemExit, match="no notebook knows the parameters n_promts"):

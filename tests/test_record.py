@@ -319,3 +319,10 @@ def test_frame_digest():
     assert record.frame_sha256(frame) == record.frame_sha256(frame.set_index(pd.Index([4, 5])))
     assert record.frame_sha256(frame) != record.frame_sha256(frame[::-1])
     assert record.frame_sha256(frame) != record.frame_sha256(frame.rename(columns={"b": "c"}))
+
+
+def test_digests_tell_data_apart():
+    table = pd.DataFrame({"prompt": ["a", "b"]})
+    one, other = record.digests({"p": table, "t": "prose"}), record.digests({"p": table[::-1], "t": "Prose"})
+    assert one["p"] != other["p"] and one["t"] != other["t"]
+    assert one == record.digests({"p": table.copy(), "t": "prose"}) and {len(v) for v in one.values()} == {64}
