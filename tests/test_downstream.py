@@ -225,7 +225,7 @@ def test_measured_slope_agrees_with_the_truth():
 
     few = pd.DataFrame([row for seed in range(6) for row in cells(600, 600, seed)])
     measured = mitigation.slopes(few, most=1.0).iloc[0]
-    many = pd.DataFrame(cells(6000, 6000, 50))
+    many = pd.DataFrame(cells(3000, 3000, 50))
     truth = np.polyfit(many["strength"], many["excess"], 1)[0]
     assert measured["low"] < truth < measured["high"] < 0
     assert many.loc[many["strength"] == 1, "excess"].iloc[0] == pytest.approx(0, abs=1e-4)
