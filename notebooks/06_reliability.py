@@ -113,9 +113,9 @@ assert cheap_fidelity in ("gradient", "importance"), "cheap_fidelity: choose gra
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 judged_by = {name: judge.load(name, device=str(net.device)) for name in judges}
 main = judges[0]
-tables = {s: prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
+asked = {s: prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
 prose = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
-inputs = record.digests({**tables, **{f"{s} prose": t for s, t in prose.items()}})
+inputs = record.digests({**asked, **{f"{s} prose": t for s, t in prose.items()}})
 inputs = {**inputs, "published": at_hand, "weights": net.revision}
 run = record.Run(folder, {**config, "inputs": inputs}, notebook="06_reliability")
 run.note(provenance=record.provenance(net))
@@ -201,7 +201,7 @@ split.style.hide(axis="index").format(precision=2)
 
 # %%
 def some(split: str, n: int) -> pd.DataFrame:
-    return prompts.sample(tables[split], n or len(tables[split]), seed=0)
+    return prompts.sample(asked[split], n or len(asked[split]), seed=0)
 
 
 many, few, pairs_on, test = (some(s, n) for s, n in (("valid", cheap_prompts), ("valid", exact_prompts), ("valid", joint_prompts), ("test", n_test)))  # fmt: skip

@@ -213,7 +213,7 @@ def test_bad_input(planted_audit):
         own.select("x", train, [0.1])
     with pytest.raises(ValueError, match="0 random draws"):
         own.controls("heads, slope", train, 0.1, ablate.Pruning(), 0)
-    with pytest.raises(ValueError, match=r"share 2: choose a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"share = 2 is not a share between 0 and 1"):
         own.select("neurons, slope", of(train, "market"), [2])
     alone = train.assign(race="Ostrin")
     with pytest.raises(ValueError, match="group 'Velani' of 'race' has fewer than two names"):
