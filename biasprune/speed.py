@@ -400,6 +400,12 @@ def summary(times: pd.DataFrame, n_heads: int, naive: str = GENERATE) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def reached(goals: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+    """Per goal: "reached" if low does, "missed" if high doesn't, else "undecided"; "–" where not measured."""
+    known = [low.isna() | high.isna(), low >= goals, high < goals]
+    return np.select(known, ["–", "reached", "missed"], "undecided")
+
+
 def precision(
     frames: dict[str, pd.DataFrame], seconds: dict[str, float], naive: str, *, n_boot: int = 2000
 ) -> pd.DataFrame:

@@ -130,3 +130,10 @@ def test_memory_by_hand():
     assert got["products"] * 2**30 == 4 * 64 * 128 * 4
     assert got["logits"] * 2**30 == 100 * 1000 * 12
     assert got["model"] * 2**30 == 2 * (3 * (layer + 2 * 64) + 64 + 2 * 1000 * 64)
+
+
+def test_a_goal_is_reached_by_the_whole_range():
+    goals, low, high = (
+        pd.Series(x, dtype=float) for x in ([2, 2, 2, 2], [2.0, 1.5, 1.0, None], [3, 2.5, 1.9, 3])
+    )
+    assert speed.reached(goals, low, high).tolist() == ["reached", "undecided", "missed", "–"]
