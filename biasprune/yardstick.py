@@ -196,21 +196,24 @@ def tuned(
 
 
 def doses(plain: pd.DataFrame, tried: Mapping[tuple[str, float], pd.DataFrame]) -> pd.DataFrame:
-    """Every share of every method on the sentences that select: method, share, bias, ppl_ratio (on prose)."""
+    """Every dose of every method on the sentences that select: method, dose, bias, ppl_ratio (on prose).
+
+    A dose is a share of the parts, or the learning rate of fine-tuning.
+    """
     rows = []
-    for (method, share), each in {(PLAIN, 0.0): plain, **tried}.items():
+    for (method, dose), each in {(PLAIN, 0.0): plain, **tried}.items():
         own = each[each["side"] == "select"]
         bias = float(slope(own["y"].to_numpy(), own["share"].to_numpy()))
         ratio = own["ppl_valid"].iloc[0] / plain["ppl_valid"].iloc[0]
-        rows.append({"method": method, "share": share, "bias": bias, "ppl_ratio": ratio})
+        rows.append({"method": method, "dose": dose, "bias": bias, "ppl_ratio": ratio})
     return pd.DataFrame(rows)
 
 
 def chosen(sweep: pd.DataFrame, most_damage: float) -> dict[str, float]:
-    """Method → the share that leaves least bias, of those within the perplexity limit, if any is."""
+    """Method → the dose that leaves least bias, of those within the perplexity limit, if any is."""
     able = sweep[(sweep["ppl_ratio"] <= most_damage) & (sweep["method"] != PLAIN)]
     best = able.loc[able.groupby("method", sort=False)["bias"].apply(lambda b: b.abs().idxmin())]
-    return dict(zip(best["method"], best["share"], strict=True))
+    return dict(zip(best["method"], best["dose"], strict=True))
 
 
 def costs(each: pd.DataFrame, controls: Mapping[str, str]) -> pd.DataFrame:
@@ -340,7 +343,7 @@ def verdicts(
     damaged
         Ways whose perplexity (on prose that chooses) is beyond the limit: nothing is said about them.
     dropped
-        Ways of which no share stays within it.
+        Ways of which no dose stays within it.
 
     Returns
     -------
@@ -376,7 +379,7 @@ def verdicts(
     nothing = np.full_like(found[PLAIN, SELECTED], np.nan)
     for way in dropped:
         claim = f"{way}: lowers the bias where it was selected, more than its control"
-        add(claim, nothing, "no share keeps the perplexity within the limit", able=False)
+        add(claim, nothing, "no dose keeps the perplexity within the limit", able=False)
     for way in controls:
         own, there = of.of(way, SELECTED), ", ".join(of.others) or "no other context"
         why = f"{_ends(own)[0]:.0%} there, {_ends(of.elsewhere(way))[0]:.0%} in {there}"

@@ -37,7 +37,7 @@ dtype: str = "float32"  # float32, bfloat16, float16
 device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 ways: dict = {"fasp": [0.1], "neurons": [0.05], "neuron slopes": [0.02]}  # shares to try
 tune_epochs: int = 3  # fine-tuning, on all texts
-tune_rate: float = 5e-5  # learning rate; tiny models need more
+tune_rates: list = [2e-5, 5e-5]  # learning rates to try; tiny models need more
 tune_batch: int = 32  # texts per step
 tune_seeds: list = [0, 1]  # of fine-tuning
 yard_draws: int = 4  # controls with random heads or neurons
@@ -73,7 +73,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "ways", "tune_epochs", "tune_rate", "tune_batch", "tune_seeds", "yard_draws", "corpus_name", "score_tokens", "test_tokens", "window", "most_damage", "n_boot"]}  # fmt: skip
+config = {name: globals()[name] for name in ["model", "revision", "dtype", "ways", "tune_epochs", "tune_rates", "tune_batch", "tune_seeds", "yard_draws", "corpus_name", "score_tokens", "test_tokens", "window", "most_damage", "n_boot"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"08_one_yardstick-{model}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 table = yardstick.prompts()
@@ -98,10 +98,10 @@ examples = table.groupby(["context", "side"], sort=False).agg(
 examples
 
 # %% [markdown]
-# ## 2 Three ways, and the share that each may take
+# ## 2 Three ways, and how much of each
 # `fasp`: heads that add most to the bias to first order, of those that matter less for prose. `neurons`: the published set difference, neurons that matter for the expected pronoun and
-# neither for the other one nor for prose. `neuron slopes`: as `fasp`, for neurons. Every share is tried on the sentences that select; the one that leaves least bias there is taken, among those that keep
-# the perplexity of other prose within the limit. `fine-tuning data`: the model learns the same sentences, each once with *she* and once with *he*; it has to keep within the same limit.
+# neither for the other one nor for prose. `neuron slopes`: as `fasp`, for neurons. `fine-tuning data`: the model learns the same sentences, each once with *she* and once with
+# *he*. Every dose (share of the parts; learning rate) is tried on the sentences that select; the one that leaves least bias there is taken, among those that keep the perplexity of other prose within the limit.
 
 # %%
 cuts = {"valid": score_tokens, "test": test_tokens}
@@ -115,9 +115,9 @@ def pruning(method: str, share: float):
     return pronouns.pruning(net, method, share, *given)
 
 
-def tuned(seed: int, chance=None):
+def tuned(rate: float, seed: int, chance=None):
     texts = yardstick.tuning_texts(selecting, seed=seed, chance=chance)
-    how = {"epochs": tune_epochs, "rate": tune_rate, "batch": tune_batch, "seed": seed}
+    how = {"epochs": tune_epochs, "rate": rate, "batch": tune_batch, "seed": seed}
     return nullcontext(yardstick.tuned(net, texts, **how))
 
 
@@ -136,11 +136,14 @@ def stored(way: str, seed: int, make) -> pd.DataFrame:
 plain = stored(yardstick.PLAIN, 0, lambda: nullcontext(net))
 doses = {(m, s): f"{METHODS.get(m, m)}, {s:g}" for m, shares in ways.items() for s in shares}
 tried = {k: stored(name, 0, lambda k=k: yardstick.pruned(net, pruning(*k))) for k, name in progress.bar(doses.items(), desc="shares")}  # fmt: skip
+for rate in progress.bar(tune_rates, desc="learning rates"):
+    name = f"{yardstick.DATA}, {rate:g}"
+    tried[yardstick.DATA, rate] = stored(name, tune_seeds[0], lambda r=rate: tuned(r, tune_seeds[0]))
 sweep = run.frame("sweep", lambda: yardstick.doses(plain, tried))
-display(sweep.style.hide(axis="index").format(precision=3).format("{:g}", subset=["share"]))
+display(sweep.style.hide(axis="index").format(precision=3).format("{:g}", subset=["dose"]))
 chosen = yardstick.chosen(sweep, most_damage)
-dropped = [METHODS[m] for m in ways if m not in chosen]
-display(Markdown("Taken: " + ", ".join(f"{METHODS[m]} {s:g}" for m, s in chosen.items()) + (f". No share keeps within the limit: {', '.join(dropped)}." if dropped else ".")))  # fmt: skip
+dropped = [METHODS.get(m, m) for m in [*ways, yardstick.DATA] if m not in chosen]
+display(Markdown("Taken: " + ", ".join(f"{METHODS.get(m, m)} {s:g}" for m, s in chosen.items()) + (f". No dose keeps within the limit: {', '.join(dropped)}." if dropped else ".")))  # fmt: skip
 
 # %% [markdown]
 # ## 3 Bias left
@@ -148,15 +151,20 @@ display(Markdown("Taken: " + ", ".join(f"{METHODS[m]} {s:g}" for m, s in chosen.
 # %%
 parts, controls = [plain], {}
 for method, share in chosen.items():
+    if method == yardstick.DATA:
+        continue
     name = METHODS[method]
     parts.append(tried[method, share].assign(way=name))
     draws = progress.bar(range(yard_draws), desc=f"random, for {name}")
     parts += [stored(f"random, for {name}", k, lambda m=method, s=share, k=k: yardstick.pruned(net, pruning(m, s).random(net, k))) for k in draws]  # fmt: skip
     controls[name] = f"random, for {name}"
 own_odds = expit(plain.loc[plain["side"] == "select", "y"].to_numpy())
-controls[yardstick.DATA] = "the model's own pronouns"
-for way, chance in ((yardstick.DATA, None), (controls[yardstick.DATA], own_odds)):
-    parts += [stored(way, k, lambda c=chance, k=k: tuned(k, c)) for k in progress.bar(tune_seeds, desc=way)]
+if rate := chosen.get(yardstick.DATA):
+    controls[yardstick.DATA] = "the model's own pronouns"
+    parts.append(tried[yardstick.DATA, rate].assign(way=yardstick.DATA))
+    todo = [(yardstick.DATA, k, None) for k in tune_seeds[1:]]
+    todo += [(controls[yardstick.DATA], k, own_odds) for k in tune_seeds]
+    parts += [stored(way, k, lambda k=k, c=chance: tuned(rate, k, c)) for way, k, chance in progress.bar(todo, desc="fine-tuning")]  # fmt: skip
 each = pd.concat(parts, ignore_index=True)
 judge = each[each["side"] == "judge"]
 found = yardstick.replicates(judge, n_boot=n_boot)
@@ -198,7 +206,7 @@ run.finish(
         "verdicts": "Claims (ours: share of the unchanged model's bias; 95 % over occupations and seeds)",
         "left": "Bias (slope of log-odds), and how much less than unchanged (95 % over occupations and seeds)",
         "costs": "What it costs",
-        "sweep": "Shares tried on the sentences that select",
+        "sweep": "Doses tried (share of the parts; learning rate of fine-tuning) on the sentences that select",
     },
     figures={
         "ways": "Bias left by every way in every context, and perplexity; hollow: controls. In names, the slope should stay"
