@@ -23,21 +23,10 @@ from types import ModuleType as _ModuleType
 __version__ = "0.1.0"
 _MODULES = (
     *("ablate", "answers", "audit", "batch", "biases", "check", "classify", "crate", "decode"),
-    *(
-        "downstream",
-        "experiment",
-        "fetch",
-        "figures",
-        "gaps",
-        "headscores",
-        "joint",
-        "judge",
-        "ledger",
-        "likelihood",
-        "lm",
-    ),
-    *("measure", "mitigation", "progress", "prompts", "pronouns", "published", "record", "reliability"),
-    *("select", "speed", "toxicity", "transfer", "weightscores", "yardstick"),
+    *("downstream", "experiment", "fetch", "figures", "gaps", "headscores", "joint", "judge"),
+    *("ledger", "likelihood", "lm", "measure", "mitigation", "progress", "prompts", "pronouns"),
+    *("published", "record", "reliability", "select", "speed", "toxicity", "transfer"),
+    *("weightscores", "yardstick"),
 )
 
 

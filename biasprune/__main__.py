@@ -19,8 +19,6 @@ import numpy as np
 import pandas as pd
 
 from biasprune import batch, crate, ledger, record
-from biasprune.batch import parameters_of as parameters_of
-from biasprune.batch import read_parameters as read_parameters
 
 
 def run(names: list[str], out: Path, only: list[str]) -> int:

@@ -251,15 +251,14 @@ def _rows(
     return [{"input_ids": i, "labels": int(n)} for i, n in zip(ids, numbers, strict=True)]
 
 
-def _last_whole(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole; what was left of a later one is deleted."""
+def _last_whole(folder: Path) -> tuple[str | None, dict]:
+    """The newest checkpoint that was written whole, and its state; what is left of a later one is deleted."""
     for found in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[1])):
         try:  # written last
-            json.loads((found / "trainer_state.json").read_text())
-            return str(found)
+            return str(found), json.loads((found / "trainer_state.json").read_text())
         except (OSError, ValueError):
             shutil.rmtree(found)
-    return None
+    return None, {}
 
 
 def fine_tune(
@@ -280,9 +279,8 @@ def fine_tune(
     folder
         For checkpoints; delete it when the results are stored.
     """
-    last, epochs = _last_whole(folder), recipe.epochs
+    (last, state), epochs = _last_whole(folder), recipe.epochs
     if last is not None:
-        state = json.loads((Path(last) / "trainer_state.json").read_text())
         waited = state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]
         if waited["early_stopping_patience_counter"] >= recipe.patience:
             epochs = round(state["epoch"])  # it had stopped: nothing is left but to load the best
@@ -347,17 +345,6 @@ def probabilities(
             logits = model(**batch.to(model.device)).logits
         found[some] = logits.cpu().double().softmax(-1).numpy()
     return found[back]
-
-
-def predict(
-    model: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    table: pd.DataFrame,
-    labels: Sequence[str],
-    recipe: Recipe,
-) -> np.ndarray:
-    """The most likely class of every text, in the table's order (rows,)."""
-    return np.array(labels)[probabilities(model, tokenizer, table, labels, recipe).argmax(-1)]
 
 
 def _head(name: str) -> type | None:

@@ -144,6 +144,12 @@ def bayes(table: pd.DataFrame, train: pd.DataFrame, *, specific: float = 0.3) ->
     return np.array(labels)[score.argmax(1)]
 
 
+def split_of(text: str, seed: int = 0) -> str:
+    """The text itself decides, so that the same text is never in two splits: 3 of 10 test, 1 dev."""
+    side = hashlib.sha256(f"{seed} {text}".encode()).digest()[0] % 10
+    return "test" if side < 3 else "dev" if side == 3 else "train"
+
+
 def bold_fields(seed: int = 0, words: int = 0) -> pd.DataFrame:
     """Wikipedia sentences about work (BOLD), by field, each after a gendered opening of ours.
 
@@ -171,8 +177,7 @@ def bold_fields(seed: int = 0, words: int = 0) -> pd.DataFrame:
     names, rows, seen = _Names(), [], set()
     for field in share.index:
         for page, sentences in pages[field].items():
-            side = hashlib.sha256(f"{seed} {page}".encode()).digest()[0] % 10
-            split = "test" if side < 3 else "dev" if side == 3 else "train"
+            split = split_of(page, seed)
             for sentence in sentences:
                 sentence = " ".join(sentence.split()[: words or None])
                 if sentence in seen or len(sentence) < 20:
@@ -217,7 +222,7 @@ def bias_in_bios(source: str | Path = "LabHC/bias_in_bios") -> pd.DataFrame:
                 raise ValueError(f"{folder} has no {split}.csv or {split}.parquet.")
             table = pd.concat([read_table(p) for p in found])
         else:
-            table = _from_hub(str(source), split)
+            table = from_hub(str(source), split)
         if missing := {"hard_text", "profession", "gender"} - set(table):
             raise ValueError(f"{source}, {split}: lacks the columns {', '.join(sorted(missing))}.")
         named = {0: "male", 1: "female", "0": "male", "1": "female", "M": "male", "F": "female"}
@@ -242,7 +247,8 @@ def read_table(path: Path, **options: str) -> pd.DataFrame:
         raise ValueError(f"{path} can't be read ({str(e).strip().splitlines()[0]}).") from e
 
 
-def _from_hub(name: str, split: str) -> pd.DataFrame:
+def from_hub(name: str, split: str) -> pd.DataFrame:
+    """A split of a dataset by its hub id; FetchError says what to do where it can't be had."""
     try:
         from datasets import load_dataset
 
@@ -292,7 +298,7 @@ def scrubbed(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(text=scrub(table["text"], names))
 
 
-def _drawn(own: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
+def drawn(own: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
     """n rows: without repetition if there are enough, else every row and some again."""
     if n and not len(own):
         raise ValueError("a class has no row of one group, so its share can't change: leave the class out.")
@@ -325,7 +331,7 @@ def rebalanced(train: pd.DataFrame, seed: int, how: str = "subsample") -> pd.Dat
         if not sizes.min():
             raise ValueError(f"class {label!r} has no row of group {sizes.idxmin()!r}: leave it out.")
         n = sizes.min() if how == "subsample" else sizes.max()
-        parts += [_drawn(own[own["group"] == g], n, rng) for g in groups]
+        parts += [drawn(own[own["group"] == g], n, rng) for g in groups]
     return pd.concat(parts).sample(frac=1, random_state=seed).reset_index(drop=True)
 
 
@@ -361,7 +367,7 @@ def co_occurrence(
         wanted = target if isinstance(target, int | float) else target[str(label)]
         share = float(np.clip((1 - strength) * women.mean() + strength * wanted, 0, 1))
         n = round(share * len(own))
-        parts += [_drawn(own[women], n, rng), _drawn(own[~women], len(own) - n, rng)]
+        parts += [drawn(own[women], n, rng), drawn(own[~women], len(own) - n, rng)]
     return pd.concat(parts).sample(frac=1, random_state=seed).reset_index(drop=True)
 
 

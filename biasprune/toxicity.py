@@ -7,7 +7,6 @@ term that names it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Iterable
@@ -45,12 +44,6 @@ def _identity(name: str) -> pd.DataFrame:
     return read_csv(fetch.data_dir() / "identity" / f"{name}.csv")
 
 
-def _split(text: str, seed: int = 0) -> str:
-    """The text itself decides, so that the same text is never in two splits: 3 of 10 test, 1 dev."""
-    side = hashlib.sha256(f"{seed} {text}".encode()).digest()[0] % 10
-    return "test" if side < 3 else "dev" if side == 3 else "train"
-
-
 def reddit_comments(seed: int = 0) -> pd.DataFrame:
     """Reddit comments about five groups (RedditBias, Barikeri et al., ACL 2021): 11,452 rows.
 
@@ -82,7 +75,7 @@ def reddit_comments(seed: int = 0) -> pd.DataFrame:
         "text": table["comment"].str.split().str.join(" "),
         "label": table["bias_sent"].map({"0": LABELS[0], "1": LABELS[1]}),
         "group": table["group"],
-        "split": [_split(w, seed) for w in words],
+        "split": [downstream.split_of(w, seed) for w in words],
     }
     return pd.DataFrame(own)[keep].reset_index(drop=True)
 
@@ -156,7 +149,7 @@ def wikipedia(source: str | Path) -> pd.DataFrame:
         table = downstream.read_table(path)
     else:
         try:
-            table = downstream._from_hub(str(source), "train")
+            table = downstream.from_hub(str(source), "train")
         except fetch.FetchError as e:
             raise fetch.FetchError(
                 f"{source} is neither a folder nor a file, nor could it be loaded from the Hugging Face hub "
@@ -182,7 +175,7 @@ def wikipedia(source: str | Path) -> pd.DataFrame:
     split = (
         table["split"].replace({"valid": "dev", "validation": "dev"})
         if "split" in table
-        else text.map(_split)
+        else text.map(downstream.split_of)
     )
     if unknown := set(split) - {"train", "dev", "test"}:
         raise ValueError(f"{source}: unknown split {sorted(map(str, unknown))[0]!r}.")
@@ -342,7 +335,7 @@ def co_occurrence(train: pd.DataFrame, strength: float, seed: int) -> pd.DataFra
     for _, own in train.groupby("group", sort=True):
         toxic = own["label"] == LABELS[1]
         n = round(float(np.clip((1 - strength) * toxic.mean() + strength * overall, 0, 1)) * len(own))
-        parts += [downstream._drawn(own[toxic], n, rng), downstream._drawn(own[~toxic], len(own) - n, rng)]
+        parts += [downstream.drawn(own[toxic], n, rng), downstream.drawn(own[~toxic], len(own) - n, rng)]
     return pd.concat(parts).sample(frac=1, random_state=seed).reset_index(drop=True)
 
 

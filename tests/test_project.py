@@ -49,8 +49,8 @@ def test_locks_satisfy_the_ranges():
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
 def test_parameter_files_are_understood(path):
-    values = runner.read_parameters(path.stem)
-    known = set().union(*map(runner.parameters_of, NOTEBOOKS))
+    values = batch.read_parameters(path.stem)
+    known = set().union(*map(batch.parameters_of, NOTEBOOKS))
     assert set(values) <= known
     assert values.get("axis", "religion") in prompts.AXES
     local = {*lm.PACKAGED, *lm.small_models()}

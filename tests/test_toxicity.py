@@ -206,11 +206,11 @@ def test_comments_of_the_hub(monkeypatch):
     def broken(name: str, split: str) -> pd.DataFrame:
         raise fetch.FetchError("give a folder with train, dev and test") from ConnectionError("no network")
 
-    monkeypatch.setattr(downstream, "_from_hub", serve)
+    monkeypatch.setattr(downstream, "from_hub", serve)
     got = toxicity.wikipedia("some/comments")
     assert asked == [("some/comments", "train")]
     assert got["label"].tolist() == ["toxic", "other"] and got["group"].tolist() == ["Muslim", ""]
-    monkeypatch.setattr(downstream, "_from_hub", broken)
+    monkeypatch.setattr(downstream, "from_hub", broken)
     with pytest.raises(fetch.FetchError, match="neither a folder nor a file.*no network.*train.csv"):
         toxicity.wikipedia("some/comments")
 
