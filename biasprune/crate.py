@@ -165,8 +165,8 @@ def _action(crate: ROCrate, reports: Path, folder: Path, facts: dict) -> Entity:
         result=[_file(crate, p, reports) for p in paths],
         properties={
             "name": f"{notebook} with {folder.parent.name}: {model['name']}",
-            "description": f"python -m biasprune run --params {folder.parent.name} --notebook {notebook} "
-            f"--out reports. {facts['results'].get('sentence', '')}",
+            "description": f"{ledger.command_of(folder.parent.name, notebook, facts['config'])}. "
+            f"{facts['results'].get('sentence', '')}",
             "startTime": facts["started"],
             "endTime": ended.isoformat(),
             "actionStatus": "http://schema.org/CompletedActionStatus",

@@ -11,18 +11,24 @@ verdicts themselves are read from the records below reports/ and never typed. It
     by                   column that tells several rows of one run apart, such as dtype; "" for one row
     ours, low, high      columns of the row, or results.<key> of run.json; "" for none
     what                 what ours, low and high are
-    verdict              a column, results.<key>, or a condition on the row: true is "reproduced"
+    verdict              a column, results.<key>, or a condition on the row: true is "reproduced", else not;
+                         of two with ";" between, the second is "not reproduced", neither "undecided"
     why                  a column or results.<key>
-    only_model           count runs of this model alone, by the last part of its name in lower case
+    only_model           count runs of this model alone, by the last part of its name in lower case; the
+                         claim without a model ("F1" of "F1 gpt2") leaves them out
+    only_config          count runs with these values in their configuration alone, as JSON
     model                what to show as model where the figure isn't about the run's own
     params               parameter file that a reader would run, if nothing is found
     not_run              why there may be no run
     if_absent            why a run may lack the table or row; "" makes that an error
+
+Runs of the small models in data/models say nothing about the papers' claims, only about our own.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,9 +36,9 @@ from typing import Any
 import pandas as pd
 from pyarrow import ArrowInvalid
 
-from biasprune import fetch, record
+from biasprune import batch, fetch, record
 
-NOT_RUN = "not run here"
+NOT_RUN, OURS = "not run here", "biasprune"
 VERDICTS = ("reproduced", "partly reproduced", "not reproduced", "undecided", NOT_RUN)
 # the notebooks' words; "not found" is an interval that holds 0, which doesn't contradict a claim
 _SAID = {
@@ -43,11 +49,11 @@ _SAID = {
 }
 CLAIM_COLUMNS = [
     *("id", "paper", "claim", "published", "notebook", "table", "row", "by", "ours", "low", "high"),
-    *("what", "verdict", "why", "only_model", "model", "params", "not_run", "if_absent"),
+    *("what", "verdict", "why", "only_model", "only_config", "model", "params", "not_run", "if_absent"),
 ]
 COLUMNS = [
     *("id", "paper", "claim", "published", "case", "ours", "low", "high", "what", "verdict", "why"),
-    *("model", "parameters", "notebook", "commit", "minutes", "command"),
+    *("model", "about", "parameters", "notebook", "commit", "minutes", "command"),
 ]
 
 
@@ -108,9 +114,9 @@ def build(reports: Path, known: pd.DataFrame | None = None) -> pd.DataFrame:
     -------
     DataFrame
         ``COLUMNS``: those of the claim; case (what tells rows of one run apart); ours, low, high (NaN for
-        none); verdict (one of ``VERDICTS``) and why; model, parameters (the run's parameter file), notebook,
-        commit; minutes of computation; command to run it again. A claim without a run has one row, "not run
-        here" with the reason.
+        none); verdict (one of ``VERDICTS``) and why; model, about (axis or groups), parameters (the run's
+        parameter file), notebook, commit; minutes of computation; command to run it again. A claim without a
+        run has one row, "not run here" with the reason.
 
     Raises
     ------
@@ -118,15 +124,13 @@ def build(reports: Path, known: pd.DataFrame | None = None) -> pd.DataFrame:
         A table, row or column that isn't there, several rows without ``by``, an unknown verdict.
     """
     known, done = claims() if known is None else known, runs(reports)
-    rows = []
-    for claim in known.to_dict("records"):
-        own = [
-            (folder, facts)
-            for folder, facts in done.items()
-            if facts["notebook"] == claim["notebook"] and claim["only_model"] in ("", _short(facts))
-        ]
+    every, rows = known.to_dict("records"), []
+    apart = {(c["id"].split()[0], c["only_model"]) for c in every if c["only_model"]}
+    for claim in every:
+        own = [(folder, facts) for folder, facts in done.items() if _speaks(claim, facts, apart)]
         found = [row for folder, facts in own for row in _of_run(claim, folder, facts)]
-        rows += found or [_row(claim, run_with=claim["params"], verdict=NOT_RUN, why=claim["not_run"])]
+        command = command_of(claim["params"], claim["notebook"]) if claim["params"] else ""
+        rows += found or [_row(claim, command=command, verdict=NOT_RUN, why=claim["not_run"])]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -142,19 +146,43 @@ def _short(facts: dict) -> str:
     return facts["provenance"]["model"]["name"].rstrip("/").split("/")[-1].lower()
 
 
-def _row(claim: dict, run_with: str, **found: object) -> dict:
-    """A row of the ledger; ``run_with``: the parameter file of its command, "" for no command."""
-    command = f"python -m biasprune run --params {run_with} --notebook {claim['notebook']} --out reports"
+def _speaks(claim: dict, facts: dict, apart: set[tuple[str, str]]) -> bool:
+    """Whether a claim is about a run; ``apart``: (first word of an id, model) of claims on one model."""
+    if facts["notebook"] != claim["notebook"]:
+        return False
+    wanted, model = json.loads(claim["only_config"] or "{}"), _short(facts)
+    if any(facts.get("config", {}).get(k) != v for k, v in wanted.items()):
+        return False
+    if claim["only_model"]:
+        return model == claim["only_model"]
+    small = (fetch.data_dir() / "models" / model).is_dir() and claim["paper"] != OURS
+    return not small and (claim["id"].split()[0], model) not in apart
+
+
+def command_of(parameters: str, notebook: str, config: dict | None = None) -> str:
+    """What makes a run again: its parameter file or, for a run of a grid, papermill with every value."""
+    params = record.notebooks_dir() / "params"
+    if config is None or (params / f"{parameters}.yaml").is_file():
+        return f"python -m biasprune run --params {parameters} --notebook {notebook} --out reports"
+    if not (path := record.notebooks_dir() / f"{notebook}.ipynb").is_file():
+        return ""  # a notebook that is gone
+    known = batch.parameters_of(path)
+    values = json.dumps({k: v for k, v in config.items() if k in known}, ensure_ascii=False)
+    return f"papermill notebooks/{notebook}.ipynb {notebook}.ipynb -y {shlex.quote(values)}"
+
+
+def _row(claim: dict, **found: object) -> dict:
     row = {c: claim[c] for c in ("id", "paper", "claim", "published", "what", "notebook")}
     row |= {
         "case": "",
+        "about": "",
         "model": claim["model"] or claim["only_model"],
         "parameters": "",
         "commit": "",
         "minutes": float("nan"),
     }
     row |= {"ours": float("nan"), "low": float("nan"), "high": float("nan")}
-    return {**row, "command": command if run_with else "", **found}
+    return {**row, **found}
 
 
 def _of_run(claim: dict, folder: Path, facts: dict) -> list[dict]:
@@ -164,7 +192,8 @@ def _of_run(claim: dict, folder: Path, facts: dict) -> list[dict]:
     base = {
         "model": claim["model"] or source["model"]["name"],
         "parameters": folder.parent.name,
-        "run_with": folder.parent.name,
+        "about": facts["results"].get("about") or facts.get("config", {}).get("axis", ""),
+        "command": command_of(folder.parent.name, facts["notebook"], facts.get("config", {})),
         "commit": source["commit"][:10] + ("+changes" if source["commit"].endswith("+changes") else ""),
         "minutes": facts["results"]["minutes"],
     }
@@ -237,5 +266,8 @@ def _verdict(claim: dict, found: pd.DataFrame, row: pd.Series, facts: dict, abou
     ours = _value(claim, "ours", row, facts, about)
     if isinstance(ours, float) and pd.isna(ours):
         return "undecided", why
-    true = _evaluated(lambda: found.eval(where, engine="python"), where, found, about)
-    return ("reproduced" if bool(pd.Series(true).all()) else "not reproduced"), why
+    for condition, said in zip(where.split(";"), ("reproduced", "not reproduced"), strict=False):
+        true = _evaluated(lambda c=condition: found.eval(c.strip(), engine="python"), condition, found, about)
+        if bool(pd.Series(true).all()):
+            return said, why
+    return ("undecided" if ";" in where else "not reproduced"), why

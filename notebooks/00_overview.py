@@ -61,7 +61,7 @@ pd.DataFrame([
 # ## 1 The ledger
 # One row per claim and run; *case* tells rows of one run apart. *ours*: the figure that `what` in table `ledger` names, with its interval in brackets. "undecided": the interval holds
 # both answers, or there was nothing to judge, as where the unpruned model shows no bias. "reproduced" of one of the companion's own claims means that the run shows it. Claims that begin with
-# "Implied" are what a paper rests on without saying so.
+# "Implied" are what a paper rests on without saying so. Small models that this project trained tell only about its own claims.
 
 # %%
 table = run.frame("ledger", lambda: ledger.build(source, known))
@@ -74,7 +74,7 @@ def figure_of(row: pd.Series) -> str:
 
 
 def shown(own: pd.DataFrame) -> pd.DataFrame:
-    run_with = (own["model"] + ", " + own["parameters"]).str.strip(", ")
+    run_with = own[["model", "about", "parameters"]].agg(lambda r: ", ".join(filter(None, r)), axis=1)
     columns = own.assign(ours=own.apply(figure_of, axis=1), run=run_with)
     return columns[
         ["id", "claim", "published", "case", "ours", "verdict", "why", "run", "minutes", "command"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pandas as pd
 import papermill
 import pytest
+import yaml
 
 from biasprune import ledger
 from biasprune.record import ROOT
@@ -14,12 +16,18 @@ from biasprune.record import ROOT
 REPORTS = ROOT / "reports"
 
 
-def add_run(reports, name, notebook, tables, model="org/Tiny-1", status="done", **results):
+def add_run(reports, name, notebook, tables, model="org/Tiny-1", status="done", config=None, **results):
     """A run's folder as ``record.Run`` leaves it."""
     folder = reports / name / notebook
     folder.mkdir(parents=True)
     source = {"commit": "0123456789abcdef", "device": "a device", "model": {"name": model}}
-    facts = {"notebook": notebook, "status": status, "key": name, "provenance": source}
+    facts = {
+        "notebook": notebook,
+        "status": status,
+        "key": name,
+        "provenance": source,
+        "config": config or {},
+    }
     (folder / "run.json").write_text(json.dumps({**facts, "results": {"minutes": 1.5, **results}}))
     for table, rows in tables.items():
         pd.DataFrame(rows).to_parquet(folder / f"{table}.parquet")
@@ -46,11 +54,12 @@ VERDICTS = [{**v, "needed": 3.0, "data_name": d} for v, d in zip(VERDICTS, "aab"
 PLAIN = [{k: v for k, v in VERDICTS[0].items() if k not in ("needed", "data_name")}]  # without sets of texts
 
 
-def test_ledger_of_a_made_up_folder(tmp_path):
+def test_ledger_of_a_made_up_folder(tmp_path, monkeypatch):
     add_run(tmp_path, "one", "05_x", {"verdicts": VERDICTS})
     add_run(tmp_path, "two", "05_x", {"verdicts": PLAIN}, model="Other")
     add_run(tmp_path, "three", "05_x", {}, status="running")
     add_run(tmp_path, "one", "06_y", {})
+    monkeypatch.setattr(ledger, "command_of", lambda *given: " ".join(map(str, given)))
     known = pd.concat([claim(), claim(id="B", notebook="07_z")])
     table = ledger.build(tmp_path, known)
     assert list(table) == ledger.COLUMNS
@@ -61,10 +70,9 @@ def test_ledger_of_a_made_up_folder(tmp_path):
         ["A", "", 0.1, -0.1, 0.3, "undecided", "wide", "Other", "two"],
     ]
     assert table["minutes"].tolist()[:3] == [1.5] * 3 and set(table["commit"][:3]) == {"0123456789"}
-    assert table["command"][2] == "python -m biasprune run --params two --notebook 05_x --out reports"
     last = table.iloc[3]
     assert (last["id"], last["verdict"], last["why"]) == ("B", "not run here", "needs a GPU")
-    assert last["command"] == "python -m biasprune run --params big --notebook 07_z --out reports"
+    assert table["command"].tolist() == ["one 05_x {}", "one 05_x {}", "two 05_x {}", "big 07_z"]
     assert last[["ours", "low", "high", "minutes"]].isna().all() and len(table) == 4
 
 
@@ -90,6 +98,46 @@ def test_claims_about_one_model_and_about_something_else(tmp_path):
     other = ledger.build(tmp_path, claim(only_model="gpt2")).iloc[0]
     assert (other["verdict"], other["model"]) == ("not run here", "gpt2")
     assert ledger.build(tmp_path, claim(model="published scores"))["model"].tolist() == ["published scores"]
+
+
+def test_a_claim_with_two_conditions(tmp_path):
+    for low, high, verdict in (
+        (2.0, 3.0, "reproduced"),
+        (1.0, 1.9, "not reproduced"),
+        (1.0, 3.0, "undecided"),
+    ):
+        folder = add_run(
+            tmp_path / verdict, "one", "05_x", {"verdicts": [{**PLAIN[0], "low": low, "high": high}]}
+        )
+        got = ledger.build(folder.parents[1], claim(verdict="low >= 2; high < 2"))
+        assert got["verdict"].tolist() == [verdict]
+
+
+def test_runs_that_a_claim_is_not_about(tmp_path):
+    """Another configuration; a model with a claim of its own; for papers, our small models."""
+    for name, model, axis in (
+        ("a", "Big", "x"),
+        ("b", "gpt2", "x"),
+        ("c", "Big", "y"),
+        ("d", "tiny-gpt2", "x"),
+    ):
+        add_run(tmp_path, name, "05_x", {"verdicts": PLAIN}, model=model, config={"axis": axis})
+    own = claim(id="A gpt2", only_model="gpt2")
+    known = pd.concat([claim(only_config='{"axis": "x"}'), own, claim(id="B", paper="biasprune")])
+    table = ledger.build(tmp_path, known)
+    found = table.groupby("id")["parameters"].agg("".join).to_dict()
+    assert found == {"A": "a", "A gpt2": "b", "B": "abcd"}
+    assert table["about"].tolist() == ["x", "x", "x", "x", "y", "x"]
+
+
+def test_the_command_of_a_run_makes_it_again(tmp_path):
+    """By its parameter file; a run of a grid by papermill, which takes the values as they stand."""
+    plain = ledger.command_of("smollm2", "08_one_yardstick", {"model": "tiny-llama"})
+    assert plain == "python -m biasprune run --params smollm2 --notebook 08_one_yardstick --out reports"
+    config = {"model": "it's", "ways": {"fasp": [0.1]}, "tune_seeds": [3], "inputs": {"prompts": "0f"}}
+    words = shlex.split(ledger.command_of("smollm2__tune_seeds-3", "08_one_yardstick", config))
+    assert words[:4] == ["papermill", "notebooks/08_one_yardstick.ipynb", "08_one_yardstick.ipynb", "-y"]
+    assert yaml.safe_load(words[4]) == {k: v for k, v in config.items() if k != "inputs"}
 
 
 @pytest.mark.parametrize(
