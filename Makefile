@@ -1,12 +1,14 @@
 # make reproduce   environment, default model, every notebook on it, reports/
 # make test        everything that CI runs
+# make site        README, reports and executed notebooks as web pages in build/site; nothing is run
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
 PARAMS ?= smollm2
 OUT    ?= reports
+SITE   ?= build/site
 
-.PHONY: reproduce test models lock clean
+.PHONY: reproduce test site models lock clean
 
 $(VENV)/run.stamp: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -28,6 +30,10 @@ test: $(VENV)/dev.stamp
 	$(PY) -m ruff format --check .
 	$(PY) -m jupytext --test --to ipynb notebooks/*.py
 	$(PY) -m pytest --nbval-lax --nbval-cell-timeout=300
+
+site: $(VENV)/dev.stamp
+	$(PY) -m sphinx -W --keep-going -q -b html -c docs . $(SITE)
+	@echo "Open $(SITE)/index.html"
 
 models: $(VENV)/run.stamp
 	$(PY) data/make_models.py

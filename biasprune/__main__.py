@@ -130,7 +130,7 @@ def main() -> None:
     runner = commands.add_parser("run", help="execute notebooks: a grid of runs, or with parameter files")
     runner.add_argument("grid", nargs="?", help="YAML file of a grid, or a name in notebooks/grids")
     runner.add_argument("--dry-run", action="store_true", help="list the grid's runs, and start nothing")
-    runner.add_argument("--submit", choices=["slurm", "local", "debug"], help="the grid through submitit")
+    runner.add_argument("--submit", choices=["slurm", "local"], help="the grid through submitit")
     runner.add_argument("--params", nargs="+", help="names in notebooks/params, or YAML files")
     runner.add_argument("--notebook", nargs="*", help="with --params, notebooks to run; all by default")
     runner.add_argument("--out", type=Path, help="folder for the results, instead of reports or the grid's")

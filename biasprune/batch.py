@@ -549,6 +549,11 @@ class _Submitted:
 
 def _executor(grid: Grid, cluster: str) -> Any:
     """submitit's executor with the grid's options."""
+    if grid.devices:
+        sys.exit(
+            "devices are those of this machine; with --submit leave them out, and ask for GPUs by "
+            "slurm: {gpus_per_node: 1}."
+        )
     try:
         import submitit
     except ImportError:
@@ -600,7 +605,7 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
     """Do what is missing of a grid; the number of runs that failed.
 
     ``dry`` only lists. ``submit`` is submitit's name of a cluster: slurm, local (processes on this machine,
-    all at once), debug (in this process). Otherwise runs are done here, one per device and worker. Stopped
+    all at once). Otherwise runs are done here, one per device and worker. Stopped
     by a signal, it stops what runs; started again, it does what is missing. ``out/batch.csv`` has the
     summary. ``OVERVIEW`` comes last, here, and each time.
 

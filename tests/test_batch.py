@@ -208,6 +208,11 @@ def test_what_there_is_not_is_refused_before_anything_starts(tiny, calls, monkey
     assert not calls and not (tiny / "out").exists()
 
 
+def test_devices_with_a_cluster_are_refused(tiny):
+    with pytest.raises(SystemExit, match="with --submit leave them out, and ask for GPUs by slurm"):
+        batch.run(grid_of(tiny, grid={"seed": [0]}, devices=["cpu"]), submit="local")
+
+
 def test_device_as_a_parameter_beside_devices_is_refused(tiny):
     write_notebook(tiny / "notebooks" / "01_tiny.ipynb", TINY.replace("word: str", "device: str"))
     with pytest.raises(SystemExit, match="grid: device and devices are both given"):
