@@ -47,7 +47,12 @@ html_theme_options = {
     "use_fullscreen_button": False,
 }
 if repository := CITATION.get("repository-code"):  # badges need to know where the notebooks are
-    html_theme_options |= {"repository_url": repository, "path_to_docs": "", "use_repository_button": True}
+    html_theme_options |= {
+        "repository_url": repository,
+        "repository_branch": "main",
+        "path_to_docs": "",
+        "use_repository_button": True,
+    }
     html_theme_options["launch_buttons"] = {
         "binderhub_url": "https://mybinder.org",
         "colab_url": "https://colab.research.google.com",
