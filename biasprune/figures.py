@@ -174,7 +174,8 @@ def speed_ratios(table: pd.DataFrame) -> Figure:
     names = list(table["fidelity"].unique())
     for i, (work, marker) in enumerate(zip(works, MARKERS, strict=False)):
         own = table[(table["dtype"] == work[0]) & (table["work"] == work[1])]
-        y = np.array([names.index(f) for f in own["fidelity"]]) + 0.6 * (i / max(1, len(works) - 1) - 0.5)
+        beside = 0.6 * (i / (len(works) - 1) - 0.5) if len(works) > 1 else 0.0
+        y = np.array([names.index(f) for f in own["fidelity"]]) + beside
         bars = np.abs(own[["ratio_low", "ratio_high"]].to_numpy().T - own["ratio"].to_numpy())
         label = f"{work[1].removeprefix('z_bias, ')}, {work[0]}"
         axis.errorbar(own["ratio"], y, xerr=bars, fmt=marker, capsize=3, ms=7, label=label)
@@ -185,6 +186,7 @@ def speed_ratios(table: pd.DataFrame) -> Figure:
     axis.xaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
     axis.axvline(1, color="black", lw=0.8)
     axis.set_yticks(range(len(names)), names)
+    axis.margins(y=0.12)
     axis.invert_yaxis()
     axis.set_xlabel("times faster than transformers.generate, head by head (log scale)")
     axis.set_title("z_bias of all heads, same samples (bars: lowest and highest layer)")

@@ -427,14 +427,15 @@ theirs.style.hide(axis="index").format(precision=2)
 # A goal is reached if the lowest of the range reaches it, missed if the highest doesn't, and undecided between. `low` and `high` are the range over layers or, for standard errors, 95 % over heads.
 
 # %%
-largest, least = speed_work[0], speed_work[-1]
+most, few = speed_work[0], speed_work[-1]
 goals = [
-    (f"exact, z_bias, {largest[0]} prompts: time for the same samples", "exact", largest, 2),
-    (f"exact, z_bias, {least[0]} prompts: time for the same samples", "exact", least, 3),
-    (f"importance, {largest[0]} prompts: time for the same samples", "importance", largest, 3),
-    (f"importance, {least[0]} prompts: time for the same samples", "importance", least, 5),
-    (f"gradient, {largest[0]} prompts: time for all heads", "gradient", largest, 100),
+    (f"exact, z_bias, {most[0]} prompts: time for the same samples", "exact", most, 2),
+    (f"importance, {most[0]} prompts: time for the same samples", "importance", most, 3),
+    (f"gradient, {most[0]} prompts: time for all heads", "gradient", most, 100),
 ]
+if few != most:
+    goals.insert(1, (f"exact, z_bias, {few[0]} prompts: time for the same samples", "exact", few, 3))
+    goals.insert(3, (f"importance, {few[0]} prompts: time for the same samples", "importance", few, 5))
 rows = []
 for claim, name, (n, s), goal in goals:
     at = bias_speed[
