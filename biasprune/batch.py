@@ -21,14 +21,15 @@ name: give ``revision`` to tell them apart.
 
 ``00_overview`` reads the records of all other runs: it is run once, after them, into ``out/all``.
 
-Beyond one machine, runs go to Slurm through submitit. It fits since runs don't depend on each other: no rules
-of files and dates as a workflow engine has, no scheduler of its own that must stay alive. A grid is one job
-array of plain calls; what hits its time limit is queued again and keeps its finished tables; and a local
-executor goes the same way without a cluster.
+Beyond one machine, runs go to Slurm through submitit, without ``devices``. It fits since runs don't depend
+on each other: no rules of files and dates as a workflow engine has, no scheduler of its own
+that must stay alive. A grid is one job array of plain calls; what hits its time limit is queued again and
+keeps its finished tables; and a local executor goes the same way without a cluster.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import fcntl
 import hashlib
@@ -90,6 +91,13 @@ def notebooks() -> dict[str, Path]:
 def parameters_of(notebook: Path) -> dict[str, str]:
     """Name → annotated type, for what a notebook's parameters cell defines."""
     return {k: v["inferred_type_name"] for k, v in papermill.inspect_notebook(str(notebook)).items()}
+
+
+@cache
+def defaults_of(notebook: Path) -> dict[str, Any]:
+    """Name → value, for what a notebook's parameters cell defines."""
+    found = papermill.inspect_notebook(str(notebook))
+    return {k: ast.literal_eval(v["default"]) for k, v in found.items()}
 
 
 def _instead(name: str, known: Iterable[str]) -> str:

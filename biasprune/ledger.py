@@ -29,11 +29,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from pyarrow import ArrowInvalid
 
 from biasprune import batch, fetch, record
@@ -125,7 +126,7 @@ def build(reports: Path, known: pd.DataFrame | None = None) -> pd.DataFrame:
     """
     known, done = claims() if known is None else known, runs(reports)
     every, rows = known.to_dict("records"), []
-    apart = {(c["id"].split()[0], c["only_model"]) for c in every if c["only_model"]}
+    apart = [c for c in every if c["only_model"]]
     for claim in every:
         own = [(folder, facts) for folder, facts in done.items() if _speaks(claim, facts, apart)]
         found = [row for folder, facts in own for row in _of_run(claim, folder, facts)]
@@ -146,8 +147,8 @@ def _short(facts: dict) -> str:
     return facts["provenance"]["model"]["name"].rstrip("/").split("/")[-1].lower()
 
 
-def _speaks(claim: dict, facts: dict, apart: set[tuple[str, str]]) -> bool:
-    """Whether a claim is about a run; ``apart``: (first word of an id, model) of claims on one model."""
+def _speaks(claim: dict, facts: dict, apart: Sequence[dict] = ()) -> bool:
+    """Whether a claim is about a run; ``apart``: the claims on one model."""
     if facts["notebook"] != claim["notebook"]:
         return False
     wanted, model = json.loads(claim["only_config"] or "{}"), _short(facts)
@@ -155,20 +156,29 @@ def _speaks(claim: dict, facts: dict, apart: set[tuple[str, str]]) -> bool:
         return False
     if claim["only_model"]:
         return model == claim["only_model"]
-    small = (fetch.data_dir() / "models" / model).is_dir() and claim["paper"] != OURS
-    return not small and (claim["id"].split()[0], model) not in apart
+    small = (fetch.data_dir() / "models" / model).is_dir() and claim["paper"] != OURS and not claim["model"]
+    return not small and not any(
+        c["id"].split()[0] == claim["id"].split()[0] and _speaks(c, facts) for c in apart
+    )
 
 
 def command_of(parameters: str, notebook: str, config: dict | None = None) -> str:
-    """What makes a run again: its parameter file or, for a run of a grid, papermill with every value."""
-    params = record.notebooks_dir() / "params"
-    if config is None or (params / f"{parameters}.yaml").is_file():
-        return f"python -m biasprune run --params {parameters} --notebook {notebook} --out reports"
-    if not (path := record.notebooks_dir() / f"{notebook}.ipynb").is_file():
+    """What makes a run again: its parameter file or, if that has other values, papermill with all."""
+    short = f"python -m biasprune run --params {parameters} --notebook {notebook} --out reports"
+    if config is None:
+        return short
+    folder = record.notebooks_dir()
+    if not (path := folder / f"{notebook}.ipynb").is_file():
         return ""  # a notebook that is gone
-    known = batch.parameters_of(path)
-    values = json.dumps({k: v for k, v in config.items() if k in known}, ensure_ascii=False)
-    return f"papermill notebooks/{notebook}.ipynb {notebook}.ipynb -y {shlex.quote(values)}"
+    default = batch.defaults_of(path)
+    values = {k: v for k, v in config.items() if k in default}
+    if (folder / "params" / f"{parameters}.yaml").is_file():
+        given = {**default, **batch.read_parameters(parameters)}
+        if all(given[k] == v for k, v in values.items()):
+            return short
+    # as YAML, since its floats need a point, which JSON leaves out of 3e-05
+    given = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return f"papermill notebooks/{notebook}.ipynb {notebook}.ipynb -y {shlex.quote(given.strip())}"
 
 
 def _row(claim: dict, **found: object) -> dict:

@@ -86,7 +86,7 @@ pd.set_option("display.precision", 4, "display.max_colwidth", 110)
 # What this run depends on. The same goes to `run.json` in the output folder.
 
 # %%
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "axis", "prompts_source", "judge_name", "corpus_name", "rule", "fidelity", "n_valid", "n_test", "score_seeds", "grid_seeds", "test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "gammas", "alphas", "max_ppl_ratio", "random_draws", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
+config = {name: globals()[name] for name in ["model", "revision", "dtype", "axis", "prompts_source", "judge_name", "corpus_name", "rule", "fidelity", "n_valid", "n_base", "n_test", "score_seeds", "grid_seeds", "test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "gammas", "alphas", "max_ppl_ratio", "random_draws", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"01_fasp_heads-{model}-{axis}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
 judged_by = judge.load(judge_name)

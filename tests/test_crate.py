@@ -80,7 +80,7 @@ def test_what_a_run_says(reports, tmp_path):
     )
     # "tiny" is no parameter file, so the command has the values themselves
     assert action["description"].startswith("papermill notebooks/01_fasp_heads.ipynb")
-    assert '"axis": "religion"' in action["description"]
+    assert "axis: religion" in action["description"]
     tool = action["instrument"]
     assert (tool["name"], tool["softwareVersion"]) == ("notebooks/01_fasp_heads.ipynb", "c0ffee")
     assert (ROOT / tool["name"]).is_file()

@@ -10,7 +10,7 @@ import papermill
 import pytest
 import yaml
 
-from biasprune import ledger
+from biasprune import batch, ledger
 from biasprune.record import ROOT
 
 REPORTS = ROOT / "reports"
@@ -132,9 +132,16 @@ def test_runs_that_a_claim_is_not_about(tmp_path):
 
 def test_the_command_of_a_run_makes_it_again(tmp_path):
     """By its parameter file; a run of a grid by papermill, which takes the values as they stand."""
-    plain = ledger.command_of("smollm2", "08_one_yardstick", {"model": "tiny-llama"})
+    file = batch.read_parameters("smollm2")
+    used = {"model": file["model"], "ways": file["ways"], "most_damage": 1.1, "inputs": {"prompts": "0f"}}
+    plain = ledger.command_of("smollm2", "08_one_yardstick", used)
     assert plain == "python -m biasprune run --params smollm2 --notebook 08_one_yardstick --out reports"
-    config = {"model": "it's", "ways": {"fasp": [0.1]}, "tune_seeds": [3], "inputs": {"prompts": "0f"}}
+    for other in (
+        {"most_damage": 1.2},
+        {"ways": {}},
+    ):  # as by "set" of a grid, or before the file was changed
+        assert ledger.command_of("smollm2", "08_one_yardstick", used | other).startswith("papermill")
+    config = {"model": "it's", "ways": {"fasp": [0.1]}, "tune_rates": [3e-5], "inputs": {"prompts": "0f"}}
     words = shlex.split(ledger.command_of("smollm2__tune_seeds-3", "08_one_yardstick", config))
     assert words[:4] == ["papermill", "notebooks/08_one_yardstick.ipynb", "08_one_yardstick.ipynb", "-y"]
     assert yaml.safe_load(words[4]) == {k: v for k, v in config.items() if k != "inputs"}

@@ -193,6 +193,9 @@ def test_verdicts_of_worlds_that_are_known(table):
     found = yardstick.replicates(world(table, worlds), n_boot=100)
     dropped = yardstick.verdicts(found, CONTROLS, (), ["neurons"]).iloc[2]
     assert dropped["claim"].startswith("neurons: lowers") and dropped["verdict"] == OPEN
+    alone = yardstick.verdicts(found, {"heads": "random heads"}, (), [DATA])  # no dose of the data is able
+    assert alone["verdict"].tolist() == [YES, OPEN, OPEN]
+    assert not alone["claim"].str.contains("removes more").any()
 
 
 def test_seeds_that_differ_widen_the_interval(table):
@@ -250,7 +253,7 @@ def test_removed_and_costs_by_hand(table):
     assert costs["control"].tolist() == [False, False, True]
 
 
-def test_the_share_that_leaves_least_within_the_limit():
+def test_the_dose_that_leaves_least_within_the_limit():
     share = np.linspace(0.1, 0.9, 9)
     x = np.log(share / (1 - share))
 
@@ -263,11 +266,13 @@ def test_the_share_that_leaves_least_within_the_limit():
             ("fasp", 0.1): tried(0.2, 10.5),
             ("fasp", 0.2): tried(0.0, 14.0),
             ("neurons", 0.1): tried(0.1, 20.0),
+            (DATA, 3e-5): tried(0.3, 10.9),
+            (DATA, 1e-4): tried(0.1, 15.1),
         },
     )
-    assert sweep["bias"].tolist() == pytest.approx([0.5, 0.2, 0.0, 0.1])
-    assert yardstick.chosen(sweep, 1.1) == {"fasp": 0.1}
-    assert yardstick.chosen(sweep, 1.5) == {"fasp": 0.2}
+    assert sweep["bias"].tolist() == pytest.approx([0.5, 0.2, 0.0, 0.1, 0.3, 0.1])
+    assert yardstick.chosen(sweep, 1.1) == {"fasp": 0.1, DATA: 3e-5}
+    assert yardstick.chosen(sweep, 1.5) == {"fasp": 0.2, DATA: 3e-5}
     assert yardstick.chosen(sweep, 1.0) == {}
 
 
