@@ -12,6 +12,7 @@ import json
 import re
 import signal
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def _verdicts(out: Path) -> tuple[str, str]:
     return f"{text} [claims.csv](claims.csv).\n\n{_table(counts.reset_index())}", ""
 
 
+def _longest(seconds: dict[str, float]) -> str:
+    """The three steps of a run that take most of its time, in percent; "a--1" and "a--2" are one step."""
+    steps: Counter[str] = Counter()
+    for name, spent in seconds.items():
+        steps[name.split("--")[0]] += spent
+    whole = sum(steps.values())
+    return ", ".join(f"{name} {v / whole:.0%}" for name, v in steps.most_common(3) if v > 0)
+
+
 def report(out: Path) -> int:
     """Write ``out/README.md`` from the run records below ``out``, and the README's block of results.
 
@@ -85,6 +95,7 @@ def report(out: Path) -> int:
                 "dtype": model["dtype"],
                 "commit": source["commit"][:10]
                 + ("+changes" if source["commit"].endswith("+changes") else ""),
+                "longest steps": _longest(facts.get("seconds", {})),
             }
         )
         results = facts["results"]
@@ -110,11 +121,13 @@ def report(out: Path) -> int:
     verdicts, problem = _verdicts(out)
     if problem:
         print(f"No ledger of claims, {out / 'claims.csv'} isn't written: {problem}", file=sys.stderr)
-    tables = f"{verdicts}\n\n{_table(pd.DataFrame(rows))}"
-    record.write_text(out / "README.md", f"# Reports\n\n{head}\n\n{tables}\n\n" + "\n".join(sections))
+    runs = pd.DataFrame(rows)
+    text = f"# Reports\n\n{head}\n\n{verdicts}\n\n{_table(runs)}\n\n" + "\n".join(sections)
+    record.write_text(out / "README.md", text)
     readme = record.ROOT / "README.md"
     if out.resolve() == (record.ROOT / "reports").resolve() and readme.exists():
-        links = re.sub(r"\]\((?!http)", "](reports/", "\n\n".join([tables, *short]))
+        short = [verdicts, _table(runs.drop(columns="longest steps")), *short]
+        links = re.sub(r"\]\((?!http)", "](reports/", "\n\n".join(short))
         start, end = "<!-- results -->", "<!-- end of results -->"
         block = re.compile(f"{start}.*{end}", re.DOTALL)
         text = readme.read_text()
