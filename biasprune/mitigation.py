@@ -278,7 +278,8 @@ def judged(
         λ up to which changes count as slight, as in ``slopes``.
     by_construction
         Data interventions that can't leave any bias, whatever the classifier, such as scrubbing where paired
-        texts then are the same. C2 leaves them out: they would win in every world.
+        texts then are the same. C2 leaves them out: they would win in every world. Nor is it refuted where
+        slight changes are all that was done to the data.
 
     Returns
     -------
@@ -326,19 +327,22 @@ def judged(
     if len(model) and len(data):
         each = _best(wide, data) - _best(wide, model)
         low, high, sd = _interval(each)
+        changes = kinds.loc[data]
+        weak = bool(((changes["data"] == "co-occurrence") & (changes["strength"] <= slight)).all())
         add(
             "C2: the best intervention on the data lowers bias more than the best on the model",
             each.mean(),
             (low, high),
             low > 0,
-            high < 0,
-            seeds_needed(each.mean(), sd),
+            high < 0 and not weak,
+            np.nan if weak else seeds_needed(each.mean(), sd),
             "what the best one lowers, chosen by the other seeds: data − model"
             + (
                 f"; left out, no bias by construction: {', '.join(by_construction)}"
                 if by_construction
                 else ""
-            ),
+            )
+            + ("; slight changes of the data alone, which can't refute it" if weak else ""),
         )
     known = slope[(slope["upstream"].astype(str) + ", none").isin(able)].set_index("upstream")
     if "pretrained" not in known.index:
