@@ -285,7 +285,8 @@ def judged(
     -------
     DataFrame
         claim, ours, low, high, verdict ("reproduced", "not reproduced", "undecided"), needed (seeds that
-        would decide an undecided one, if the effect is of this size), why.
+        would decide an undecided one, if the effect is of this size), biased (the plain model shows a bias to
+        lower), why.
     """
     plain = effects[effects["setting"] == PLAIN].iloc[0]
     bound, rows, able = barely * plain[value], [], learned(effects, classes)
@@ -306,9 +307,8 @@ def judged(
             "undecided" if not biased else "reproduced" if good else "not reproduced" if bad else "undecided"
         )
         row = {"claim": claim, "ours": ours, "low": ends[0], "high": ends[1], "verdict": verdict}
-        rows.append(
-            {**row, "needed": needed if verdict == "undecided" and biased else np.nan, "why": why + rest}
-        )
+        row["needed"] = needed if verdict == "undecided" and biased else np.nan
+        rows.append({**row, "biased": biased, "why": why + rest})
 
     if len(model):
         own = effects.set_index("setting").loc[model]
