@@ -510,7 +510,10 @@ def reliability_growth(table: pd.DataFrame, wanted: float) -> Figure:
     axis.axhline(wanted, color="grey", ls="--", lw=1)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log")
-    ticks = sorted(table["prompts"].unique())
+    ticks: list[int] = []
+    for n in sorted(table["prompts"].unique()):  # labels closer than a fifth would overlap
+        if not ticks or n >= 1.2 * ticks[-1]:
+            ticks.append(n)
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(plt.FormatStrFormatter("%d"))
