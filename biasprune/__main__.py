@@ -14,6 +14,7 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,12 @@ def _verdicts(out: Path) -> tuple[str, str]:
 
 
 def _longest(seconds: dict[str, float]) -> str:
-    """The three steps of a run that take most of its time, in percent; "a--1" and "a--2" are one step."""
+    """The three steps of a run that take most of its time, in percent; "a--b--1", "a--b--2" are one step."""
     steps: Counter[str] = Counter()
     for name, spent in seconds.items():
-        steps[name.split("--")[0]] += spent
+        parts = name.split("--")
+        named = takewhile(lambda p: not any(c.isdigit() for c in p), parts)
+        steps[" ".join(named) or parts[0]] += spent
     whole = sum(steps.values())
     return ", ".join(f"{name} {v / whole:.0%}" for name, v in steps.most_common(3) if v > 0)
 

@@ -54,11 +54,11 @@ class Effects:
         return replace(self, values=self.values[rows], sizes=sizes)
 
 
-def effects_of(samples: HeadSamples) -> dict[str, Effects]:
-    """Axis → effects of what ``headscores.samples`` measured, averaged over seeds."""
+def effects_of(samples: HeadSamples, seeds: int | None = None) -> dict[str, Effects]:
+    """Axis → effects of what ``headscores.samples`` measured, averaged over (the first so many) seeds."""
     found = {}
     for axis, own in samples.axes.items():
-        values, sizes = (x.mean(1) for x in samples.arrays(axis))
+        values, sizes = (x[:, :seeds].mean(1) for x in samples.arrays(axis))
         own = own if "weight" in own else own.assign(weight=1 / len(own))
         own = own[["prompt", "bucket", "weight"]].reset_index(drop=True)
         found[axis] = Effects(prompts=own, values=values, sizes=None if (sizes == 1).all() else sizes)
@@ -256,6 +256,12 @@ def correlations(
     return pd.DataFrame(rows)
 
 
+def halved(effects: Effects, *, n_splits: int = 100, seed: int = 0) -> np.ndarray:
+    """z_bias of every head in random halves of the prompts, equal prompts in the same: (splits, 2, heads)."""
+    halves, rng = _Halves({"": effects}), np.random.default_rng(seed)
+    return np.stack([halves(rng)[""] for _ in range(n_splits)])
+
+
 def reliabilities(effects: Mapping[str, Effects], *, n_splits: int = 100, seed: int = 0) -> pd.DataFrame:
     """How well the head effects of every axis agree with themselves, and whether there is bias at all.
 
@@ -271,8 +277,7 @@ def reliabilities(effects: Mapping[str, Effects], *, n_splits: int = 100, seed: 
     """
     rows = []
     for axis, e in effects.items():
-        own, halves, rng = e.prompts, _Halves({axis: e}), np.random.default_rng(seed)
-        found = split_half(np.stack([halves(rng)[axis] for _ in range(n_splits)]))
+        own, found = e.prompts, split_half(halved(e, n_splits=n_splits, seed=seed))
         there = measure.detect_bias(e.values[0], own["bucket"], own["weight"].to_numpy())
         row = {"axis": axis, "prompts": len(own), "groups": own["bucket"].nunique()}
         row |= {k: there[k] for k in ("bias", "floor", "p")} | {k: found[k] for k in ("r", "low", "high")}
@@ -281,10 +286,11 @@ def reliabilities(effects: Mapping[str, Effects], *, n_splits: int = 100, seed: 
 
 
 def verdicts(related: pd.DataFrame, reliable: pd.DataFrame) -> pd.DataFrame:
-    """``correlations`` with a column verdict: positive, negative, undecided, or unreadable.
+    """``correlations`` with columns ceiling, p_holm, verdict: positive, negative, undecided, or unreadable.
 
     "unreadable": one of the two axes shows no bias, or its head effects don't agree with themselves.
-    ``p_holm`` is p, corrected for the number of pairs (Holm).
+    ``ceiling`` is √(reliability × reliability), which r can't be expected to exceed; NaN where one isn't
+    positive. ``p_holm`` is p, corrected for the number of pairs (Holm).
     """
     known = set(reliable.loc[reliable["readable"], "axis"])
     order = related["p"].to_numpy().argsort(kind="stable")
@@ -300,7 +306,9 @@ def verdicts(related: pd.DataFrame, reliable: pd.DataFrame) -> pd.DataFrame:
         return "negative" if p < 0.05 and row["high"] < 0 else "undecided"
 
     found = [one(row, p) for (_, row), p in zip(related.iterrows(), holm, strict=True)]
-    return related.assign(p_holm=holm, verdict=found)
+    r = reliable.set_index("axis")["r"].clip(lower=0).replace(0, np.nan)
+    ceiling = np.sqrt(related["a"].map(r) * related["b"].map(r))
+    return related.assign(ceiling=ceiling, p_holm=holm, verdict=found)
 
 
 def judged_on_all(
@@ -354,7 +362,7 @@ def judged_on_all(
             change = part["change"].mean()
             replicates = np.mean([drawn[name, d] for d in part["draw"]], axis=0)
             replicates = random if name == "random" else replicates
-            low, high = measure.interval(change, replicates)
+            low, high = np.maximum(measure.interval(change, replicates), -100)
             against_low, against_high = measure.interval(change - chance, replicates - random)
             tables.append(
                 {
@@ -374,27 +382,80 @@ def judged_on_all(
     return pd.DataFrame(tables)
 
 
+def noise_ratio(one: Effects, other: Effects, *, n_boot: int = 1000) -> dict[str, float]:
+    """How many times as large the standard error of z_bias is by one way of scoring as by another.
+
+    Standard errors by paired bootstrap over prompts, root mean square over heads.
+
+    Parameters
+    ----------
+    one, other
+        Of the same heads on the same prompts.
+
+    Returns
+    -------
+    dict
+        heads, prompts, ratio, low, high (95 %, percentile bootstrap over heads).
+
+    Raises
+    ------
+    ValueError
+        Other heads or prompts.
+    """
+    if one.values.shape != other.values.shape:
+        raise ValueError(f"effects of other heads or prompts: {one.values.shape} and {other.values.shape}.")
+    noise = []
+    for e in (one, other):
+        own = (e.prompts["bucket"], e.prompts["weight"].to_numpy())
+        drawn = measure.bootstrap_bias(e.values, *own, e.sizes, n_boot=n_boot)
+        noise.append((drawn[:, :1] - drawn[:, 1:]).var(0, ddof=1))
+    heads = np.random.default_rng(0).integers(len(noise[0]), size=(n_boot, len(noise[0])))
+    drawn = np.sqrt(noise[0][heads].mean(1) / noise[1][heads].mean(1))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {
+        "heads": len(noise[0]),
+        "prompts": len(one.prompts),
+        "ratio": float(np.sqrt(noise[0].mean() / noise[1].mean())),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
 def overlaps(
-    effects: Mapping[str, Effects], share: float = 0.2, *, n_splits: int = 100, seed: int = 0
+    effects: Mapping[str, Effects],
+    share: float = 0.2,
+    *,
+    n_splits: int = 100,
+    n_blocks: int = 20,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Are the same heads at the top, on other prompts? Mean over random halvings.
 
     Returns
     -------
     DataFrame
-        a, b, overlap (share of a's top heads in one half that are b's in the other), own (the same of a with
-        itself and b with itself, averaged: the ceiling), chance, chance_high (95 % of random picks overlap
-        less, from one half to one other).
+        a, b, overlap (share of a's top heads in one half that are b's in the other), overlap_low,
+        overlap_high (95 %, jackknife over blocks of prompts), own (the same of a with itself and b with
+        itself, averaged: the ceiling), chance.
     """
-    halves, rng, names = _Halves(effects), np.random.default_rng(seed), list(effects)
+    halves, names = _Halves(effects), list(effects)
     n = len(next(iter(effects.values())).values) - 1
-    k, total = max(1, int(share * n)), np.zeros((len(names), len(names)))
-    for _ in range(n_splits):
-        z = np.stack(list(halves(rng).values()))  # (axes, 2, heads)
-        top = np.zeros(z.shape)  # ties in random order
-        np.put_along_axis(top, np.lexsort((rng.random(z.shape), -z), axis=-1)[..., :k], 1, axis=-1)
-        total += top[:, 0] @ top[:, 1].T / k
-    total = (total + total.T) / (2 * n_splits)
+    k = max(1, int(share * n))
+
+    def common(rng: np.random.Generator, times: int, keep: np.ndarray | None = None) -> np.ndarray:
+        total = np.zeros((len(names), len(names)))
+        for _ in range(times):
+            z = np.stack(list(halves(rng, keep).values()))  # (axes, 2, heads)
+            top = np.zeros(z.shape)  # ties in random order
+            np.put_along_axis(top, np.lexsort((rng.random(z.shape), -z), axis=-1)[..., :k], 1, axis=-1)
+            total += top[:, 0] @ top[:, 1].T / k
+        return (total + total.T) / (2 * times)
+
+    total = common(np.random.default_rng(seed), n_splits)
+    block, few = halves.ranked(np.random.default_rng([seed, 1])) % n_blocks, -(-n_splits // 2)
+    left = [common(np.random.default_rng([seed, 2]), few, block != b) for b in range(n_blocks)]
+    error = np.sqrt((n_blocks - 1) ** 2 / n_blocks * np.var(left, axis=0, ddof=1))
+    reach = stats.t.ppf(0.975, n_blocks - 1) * error
     chance = top_overlap(np.arange(n), np.arange(n), k)
     return pd.DataFrame(
         [
@@ -402,9 +463,10 @@ def overlaps(
                 "a": names[i],
                 "b": names[j],
                 "overlap": total[i, j],
+                "overlap_low": max(0.0, total[i, j] - reach[i, j]),
+                "overlap_high": min(1.0, total[i, j] + reach[i, j]),
                 "own": (total[i, i] + total[j, j]) / 2,
                 "chance": chance["chance"],
-                "chance_high": chance["chance_high"],
             }
             for i, j in combinations(range(len(names)), 2)
         ]

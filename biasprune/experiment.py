@@ -225,7 +225,7 @@ def compare(
         index = [where[set_key(h)] for h in group["heads"]]
         change = 100 * (bias[index].mean() / bias[base] - 1)
         drawn = 100 * (boot[:, index].mean(1) / boot[:, base] - 1)
-        low, high = measure.interval(change, drawn)
+        low, high = np.maximum(measure.interval(change, drawn), -100)  # no more than all bias can go
         per_seed = 100 * (seed_bias[index].mean(0) / seed_bias[base] - 1)
         bias_low, bias_high = measure.interval(bias[index].mean(), boot[:, index].mean(1))
         replicates[tuple(setting)] = drawn
@@ -320,8 +320,11 @@ def verdicts(table: pd.DataFrame, replicates: dict[tuple, np.ndarray], max_ppl_r
     return pd.DataFrame(rows)
 
 
-def conclude(verdicts: pd.DataFrame, p_value: float) -> tuple[str, str]:
+def conclude(verdicts: pd.DataFrame, p_value: float, small: float = 10.0) -> tuple[str, str]:
     """The paper's claim, that FASP alone reduces bias at little cost: a verdict and why.
+
+    Refuted where FASP leaves the perplexity limit, or an interval excludes that it lowers bias by ``small``
+    percent (points, against random pruning); where it holds both, undecided.
 
     Parameters
     ----------
@@ -345,4 +348,10 @@ def conclude(verdicts: pd.DataFrame, p_value: float) -> tuple[str, str]:
         )
     if passed == ["FASP"]:
         return "reproduced", did
-    return ("partly reproduced" if "FASP" in passed else "not reproduced"), did
+    if "FASP" in passed:
+        return "partly reproduced", did
+    fasp = verdicts.set_index("method").loc["FASP"]
+    refuted = not fasp["within_limit"] or fasp["low"] > -small or fasp["against_low"] > -small
+    low, high = (f"{fasp[f'against_{end}']:+.0f}" for end in ("low", "high"))
+    did += f"; FASP − random: {fasp['against_random']:+.0f} points ({low} – {high})"
+    return ("not reproduced" if refuted else "undecided"), did

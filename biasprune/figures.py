@@ -437,8 +437,8 @@ def _cells(
 def correlation_maps(table: pd.DataFrame, names: Sequence[str]) -> Figure:
     """Correlations between axes, one panel per set of heads; columns which, a, b, r, disattenuated, verdict.
 
-    A cell has the disattenuated correlation, – where it can't be read, and below it the plain one; bold where
-    it is told from 0.
+    A cell has the disattenuated correlation, n/a where it can't be read, and below it the plain one; bold
+    where it is told from 0.
     """
     panels = list(table.groupby("which", sort=False))
     side = 0.95 * len(names) + 1.6
@@ -451,7 +451,7 @@ def correlation_maps(table: pd.DataFrame, names: Sequence[str]) -> Figure:
             a, b = sorted((row.a, row.b), key=list(names).index)
             readable = row.verdict != "unreadable" and np.isfinite(row.disattenuated)
             wide.loc[b, a] = np.clip(row.disattenuated, -1, 1) if readable else np.nan
-            texts.loc[b, a] = f"{row.disattenuated:.2f}\n({row.r:.2f})" if readable else f"–\n({row.r:.2f})"
+            texts.loc[b, a] = f"{row.disattenuated:.2f}\n({row.r:.2f})" if readable else f"n/a\n({row.r:.2f})"
             bold.loc[b, a] = row.verdict in ("positive", "negative")
         _cells(axis, wide, texts, bold, 1, "correlation over heads, disattenuated")
         axis.set_title(which, fontsize=10)
@@ -465,14 +465,28 @@ def selected_and_judged(table: pd.DataFrame) -> Figure:
     order = [list(own[c].unique()) for c in ("selected_for", "judged_on")]
     wide = own.pivot(index="selected_for", columns="judged_on", values="against_random").loc[*order]
     change = own.pivot(index="selected_for", columns="judged_on", values="change").loc[*order]
-    bold = own.assign(told=(own["against_high"] < 0) | (own["against_low"] > 0))
+    own = own.assign(biased=own["p"] < 0.05)  # without bias there is nothing to change
+    bold = own.assign(told=own["biased"] & ((own["against_high"] < 0) | (own["against_low"] > 0)))
     bold = bold.pivot(index="selected_for", columns="judged_on", values="told").loc[*order]
+    biased = own.pivot(index="selected_for", columns="judged_on", values="biased").loc[*order].astype(bool)
     texts = wide.map("{:+.0f}".format) + change.map("\n({:+.0f})".format)
+    wide, texts = wide.where(biased), texts.where(biased, "no bias")
     figure, axis = plt.subplots(figsize=(1.25 * wide.shape[1] + 2.6, 0.8 * wide.shape[0] + 1.6))
-    _cells(axis, wide, texts, bold, max(1, float(np.nanmax(np.abs(wide)))), "change of bias beyond random, %")
+    _cells(
+        axis,
+        wide,
+        texts,
+        bold,
+        max(1, np.abs(wide.fillna(0)).to_numpy().max()),
+        "change of bias beyond random, %",
+    )
     axis.set_xlabel("judged on")
     axis.set_ylabel("selected for")
-    axis.set_title("Bold: 95 % interval without 0. In brackets: against the unpruned model", fontsize=9)
+    axis.set_title(
+        "Bold: 95 % interval without 0. In brackets: against the unpruned model.\n"
+        "no bias: that of the unpruned model is within its noise floor (p ≥ .05)",
+        fontsize=9,
+    )
     return figure
 
 

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from biasprune import measure
 from biasprune.ablate import Pruning, head_mask
 from biasprune.experiment import set_key
 from biasprune.lm import LM
 from biasprune.progress import bar
+from biasprune.reliability import half_scores
+
+BLOCKS = 10  # of prompts, for the jackknife
 
 
 def additivity(
@@ -65,32 +69,54 @@ def slope(
 ) -> dict[str, float]:
     """Joint effects per sum of single effects, through 0: 1 if effects add up. Arguments as ``additivity``.
 
+    Joint effects in one half of the prompts are held against sums in the other half, averaged over halvings:
+    on the same prompts, a sum of k effects has the noise of the unpruned model k times, and the slope would
+    lie below 1 wherever effects are small.
+
     Returns
     -------
     dict
-        sets, slope, low, high (95 %, percentile bootstrap over prompts), effect, effect_low, effect_high
-        (z_bias of the largest set: without an effect there is nothing to add up).
+        sets, slope, low, high (95 %, jackknife over blocks of prompts; NaN where sums in one half have
+        nothing to do with those in the other), effect, effect_low, effect_high (z_bias of the largest set:
+        without an effect there is nothing to add up).
+
+    Raises
+    ------
+    ValueError
+        A group with fewer than four prompts.
     """
     keys = [tuple(sorted(s)) for s in sets]
     where = {k: i for i, k in enumerate(keys)}
     own = [k for k in dict.fromkeys(keys) if len(k) > 1]
-    weights = prompts["weight"].to_numpy()
-    bias = measure.group_bias(scores, prompts["bucket"], weights)
-    drawn = measure.bootstrap_bias(scores, prompts["bucket"], weights, n_boot=n_boot)
-    drawn = np.concatenate([bias[None], drawn])
-    z = drawn[:, [where[()]]] - drawn
-    joint = z[:, [where[k] for k in own]]
-    predicted = np.stack([z[:, [where[(h,)] for h in k]].sum(1) for k in own], 1)
-    ratio = (joint * predicted).sum(1) / (predicted**2).sum(1)
-    low, high = np.quantile(ratio[1:], [0.025, 0.975])
+    bucket, weights = prompts["bucket"].to_numpy(), prompts["weight"].to_numpy()
+    if few := [g for g, n in prompts["bucket"].value_counts().items() if n < 4]:
+        raise ValueError(f"group {few[0]!r} has fewer than four prompts: draw more.")
+    by = prompts.reset_index(drop=True).sample(frac=1, random_state=0).groupby("bucket")
+    block = ((by.cumcount() + by.ngroup()) % BLOCKS).sort_index().to_numpy()
+    singles = [[where[(h,)] for h in k] for k in own]
+
+    def ratio(keep: np.ndarray) -> float:
+        some = np.concatenate([scores[[where[()]]], scores])[:, keep]
+        z = half_scores(some, bucket[keep], weights[keep], n_splits=100)  # (splits, 2, sets)
+        joint = z[..., [where[k] for k in own]]
+        predicted = np.stack([z[..., s].sum(-1) for s in singles], -1)
+        across = (predicted[:, 0] * predicted[:, 1]).mean()
+        return float((joint * predicted[:, ::-1]).mean() / across) if across > 0 else np.nan
+
+    found = ratio(np.ones(len(block), dtype=bool))
+    left = [ratio(block != b) for b in range(BLOCKS)]
+    reach = stats.t.ppf(0.975, BLOCKS - 1) * np.sqrt((BLOCKS - 1) ** 2 / BLOCKS * np.var(left, ddof=1))
+    z = measure.group_bias(scores, bucket, weights)
+    drawn = measure.bootstrap_bias(scores, bucket, weights, n_boot=n_boot)
+    z, drawn = z[where[()]] - z, drawn[:, [where[()]]] - drawn
     largest = where[max(own, key=len)]
-    effect_low, effect_high = measure.interval(z[0, largest], z[1:, largest])
+    effect_low, effect_high = measure.interval(z[largest], drawn[:, largest])
     return {
         "sets": len(own),
-        "slope": float(ratio[0]),
-        "low": float(low),
-        "high": float(high),
-        "effect": float(z[0, largest]),
+        "slope": found,
+        "low": found - reach,
+        "high": found + reach,
+        "effect": float(z[largest]),
         "effect_low": float(effect_low),
         "effect_high": float(effect_high),
     }

@@ -164,7 +164,7 @@ def _speaks(claim: dict, facts: dict, apart: Sequence[dict] = ()) -> bool:
 
 def command_of(parameters: str, notebook: str, config: dict | None = None) -> str:
     """What makes a run again: its parameter file or, if that has other values, papermill with all."""
-    short = f"python -m biasprune run --params {parameters} --notebook {notebook} --out reports"
+    short = f"python -m biasprune run --params {parameters} --notebook {notebook} --out results"
     if config is None:
         return short
     folder = record.notebooks_dir()

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from biasprune import check, fetch, measure, select
-from biasprune.reliability import agreement, top_overlap
+from biasprune.reliability import agreement, spearman_brown, top_overlap
 
 _COLUMNS = {
     "Group": "axis",
@@ -154,8 +154,10 @@ def seeds(table: pd.DataFrame, axis: str = "gender_and_sex", share: float = 0.2)
     Returns
     -------
     dict
-        heads, r, low, high (mean Spearman over pairs of seeds, 95 % over heads), overlap (mean share of
-        common heads among the top ``share``), chance.
+        heads, seeds, r, low, high (mean Spearman over pairs of seeds, 95 % over heads), mean_r, mean_low,
+        mean_high (the same stepped up to the mean of the seeds, which selections rest on), overlap (mean
+        share of common heads among the top ``share``), overlap_low, overlap_high (95 %, percentile bootstrap
+        over heads), chance.
     """
     scores = wide(table, axis).to_numpy().T
     if not (k := int(check.share(share, "share") * scores.shape[1])) or len(scores) < 2:
@@ -163,14 +165,25 @@ def seeds(table: pd.DataFrame, axis: str = "gender_and_sex", share: float = 0.2)
             f"{scores.shape[1]} heads and {len(scores)} seeds: need two seeds and a larger share."
         )
     pairs = [(i, j) for i in range(len(scores)) for j in range(i)]
-    # z_bias is the bias without any head less the bias without this one: the order turns around
-    common = [top_overlap(-scores[i], -scores[j], k) for i, j in pairs]
-    found = agreement(scores)
+
+    def common(of: np.ndarray) -> float:
+        # z_bias is the bias without any head less the bias without this one: the order turns around
+        return float(np.mean([top_overlap(-of[i], -of[j], k)["overlap"] for i, j in pairs]))
+
+    found, rng, n = agreement(scores), np.random.default_rng(0), scores.shape[1]
+    low, high = np.quantile([common(scores[:, rng.integers(n, size=n)]) for _ in range(300)], [0.025, 0.975])
     return {
-        "heads": scores.shape[1],
+        "heads": n,
+        "seeds": len(scores),
         **{c: found[c] for c in ("r", "low", "high")},
-        "overlap": float(np.mean([c["overlap"] for c in common])),
-        "chance": k / scores.shape[1],
+        **{
+            name: max(-1.0, float(spearman_brown(found[c], len(scores))))
+            for name, c in (("mean_r", "r"), ("mean_low", "low"), ("mean_high", "high"))
+        },
+        "overlap": common(scores),
+        "overlap_low": float(low),
+        "overlap_high": float(high),
+        "chance": k / n,
     }
 
 
@@ -219,6 +232,18 @@ def winners_curse(
     return rows.rename_axis("split").reset_index().assign(**left)
 
 
+def _cut(own: pd.DataFrame, axis: str) -> tuple[np.ndarray, float]:
+    """Which runs lie above the best cut by toxicity, and the share of the variance that it explains."""
+    if own["toxicity"].nunique() < 2:
+        raise ValueError(f"axis {axis!r}: the runs' toxicity doesn't vary, so they fall into no two groups.")
+    values = np.sort(own["toxicity"].to_numpy())
+    n, total = np.arange(1, len(values)), values.cumsum()
+    between = n * (len(values) - n) * (total[:-1] / n - (total[-1] - total[:-1]) / (len(values) - n)) ** 2
+    best = int(between.argmax())
+    high = (own["toxicity"] > values[best : best + 2].mean()).to_numpy()
+    return high, float(between[best] / len(values) ** 2 / values.var())
+
+
 def regimes(table: pd.DataFrame, axis: str = "gender_and_sex") -> dict[str, float]:
     """Do the runs fall into two groups by their mean toxicity?
 
@@ -232,17 +257,11 @@ def regimes(table: pd.DataFrame, axis: str = "gender_and_sex") -> dict[str, floa
         ppl_high (medians), r_bias (correlation of bias with the side).
     """
     own = _of(table, axis)
-    if own["toxicity"].nunique() < 2:
-        raise ValueError(f"axis {axis!r}: the runs' toxicity doesn't vary, so they fall into no two groups.")
-    values = np.sort(own["toxicity"].to_numpy())
-    n, total = np.arange(1, len(values)), values.cumsum()
-    between = n * (len(values) - n) * (total[:-1] / n - (total[-1] - total[:-1]) / (len(values) - n)) ** 2
-    best = int(between.argmax())
-    high = (own["toxicity"] > values[best : best + 2].mean()).to_numpy()
+    high, explained = _cut(own, axis)
     side = own.groupby(high).agg({"toxicity": "mean", "ppl": "median"})
     return {
         "runs": len(own),
-        "explained": float(between[best] / len(values) ** 2 / values.var()),
+        "explained": explained,
         "share_high": float(high.mean()),
         **{
             f"{c}_{name}": float(side.loc[k, c]) for c in side for k, name in ((False, "low"), (True, "high"))
@@ -251,13 +270,34 @@ def regimes(table: pd.DataFrame, axis: str = "gender_and_sex") -> dict[str, floa
     }
 
 
+def kinds_of_runs(table: pd.DataFrame, axis: str, least: float = 0.95) -> dict[str, pd.DataFrame]:
+    """The runs of one axis on validation prompts: of each of two kinds (``regimes``) if there are two.
+
+    Parameters
+    ----------
+    least
+        Share of the variance of toxicity from which a cut counts as two kinds.
+
+    Returns
+    -------
+    dict
+        "low toxicity" and "high toxicity", or "" → rows of the table.
+    """
+    own = _of(table, axis)
+    if own["toxicity"].nunique() > 1:
+        high, explained = _cut(own, axis)
+        if explained > check.share(least, "least"):
+            return {"low toxicity": own[~high], "high toxicity": own[high]}
+    return {"": own}
+
+
 def noise_floor(
     table: pd.DataFrame, axis: str, buckets: Mapping[str, int], *, n_sim: int = 300, seed: int = 0
 ) -> dict[str, float]:
     """The bias that no difference between the groups would give, at the published number of prompts.
 
     Scores of all prompts come from one distribution with the published mean and share of toxic texts:
-    uniform below and above the threshold of one half, which has about the spread of toxicity scores.
+    uniform above the threshold of one half, and below it by a beta distribution with the mean that is left.
 
     Parameters
     ----------

@@ -251,9 +251,9 @@ def needed(
 ) -> pd.DataFrame:
     """How many prompts a wanted reliability takes, for several numbers of seeds.
 
-    The noise of a head score has a part that more prompts and more seeds lower (sampling) and a part
-    that only more prompts lower (which prompts were drawn). Both are estimated from variances over
-    heads, averaged over splits.
+    Stepped up from ``split_half``. The noise of a head score has a part that more prompts and more seeds
+    lower (sampling) and a part that only more prompts lower (which prompts were drawn); the two are told
+    apart by variances over heads, averaged over splits.
 
     Parameters
     ----------
@@ -264,7 +264,7 @@ def needed(
     n_prompts
         Number of prompts of the measurement at hand.
     wanted
-        Reliability (Pearson), between 0 and 1.
+        Reliability as of ``split_half`` (Spearman), between 0 and 1.
 
     Returns
     -------
@@ -280,7 +280,7 @@ def needed(
     if not 0 < wanted < 1:
         raise ValueError(f"wanted reliability {wanted}: choose a number between 0 and 1.")
     centred = halves - halves.mean(-1, keepdims=True)
-    signal = float((centred[:, 0] * centred[:, 1]).mean())  # covariance of the halves
+    r = split_half(halves, n_boot=1)["r"]
     noise = float(((centred[:, 0] - centred[:, 1]) ** 2).mean()) / 4  # of the mean of both halves
     n_seeds = len(per_seed)
     sampling = np.nan  # one seed: the two parts can't be told apart
@@ -290,9 +290,9 @@ def needed(
         sampling = min(noise, float((apart**2).sum(0).mean()) / (n_seeds - 1) / n_seeds)
     rows = []
     for s in seeds:
-        again = noise if s == n_seeds else noise - sampling + sampling * n_seeds / s
-        per_prompt = again * n_prompts
-        need = np.ceil(per_prompt / signal * wanted / (1 - wanted)) if signal > 0 else np.inf
+        again = 1.0 if s == n_seeds else 1 - (1 - n_seeds / s) * sampling / noise
+        # Spearman–Brown, solved for the length
+        need = np.ceil(n_prompts * again * (1 - r) / r * wanted / (1 - wanted)) if r > 0 else np.inf
         rows.append({"seeds": s, "prompts": need})
     return pd.DataFrame(rows)
 

@@ -25,8 +25,8 @@
 # prompts, since prompts that two axes share would make their noise look like a relation. Then heads are pruned for one axis and
 # judged on all, beside random heads of the same number.
 #
-# **Cost.** With the defaults (a small model with three planted biases): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`:
-# see the table of runs in `reports/`.
+# **Cost.** With the defaults (a small model with three planted biases): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
+# about 6 minutes, 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups, and models continue them in offensive ways. No continuation is shown here.
 
@@ -172,8 +172,8 @@ reliable.drop(columns=["bias", "floor"]).style.hide(axis="index").format(precisi
 
 # %% [markdown]
 # ## 3 Correlation between axes
-# `r` is the plain correlation over heads, as the paper shows it; `disattenuated` estimates the correlation of what is measured,
-# with an interval over prompts. `null_95`: what 95 % of permuted heads stay below. "unreadable": one of the two axes shows no bias, or its effects don't
+# `r` is the plain correlation over heads, as the paper shows it, noise included; `ceiling`: what it can't be expected to exceed; `disattenuated` estimates the correlation of what is measured,
+# with an interval over prompts. It is not r ÷ ceiling: one axis in one half of the prompts is held against the other axis in the other half, so that noise that both share drops out; beyond ±1 it is noise. `null_95`: what 95 % of permuted heads stay below. "unreadable": one of the two axes shows no bias, or its effects don't
 # agree with themselves, so that the correlation says nothing, however high: a head that makes all texts vary more changes the noise of every axis alike. Once for all heads, once without those that matter most for language modelling: a head
 # whose removal breaks the model changes every bias at once.
 
@@ -199,6 +199,7 @@ columns = [
     "a",
     "b",
     "r",
+    "ceiling",
     "disattenuated",
     "low",
     "high",
@@ -211,7 +212,7 @@ shown = pairs[(pairs["method"] == "spearman") & (pairs["which"] == "all heads")]
 figure = figures.correlation_maps(shown.assign(which=shown["measure"] + ", all heads"), axes)
 figures.save(figure, folder / "figures", "correlations")
 # %% [markdown]
-# Upper number: disattenuated Spearman correlation; in brackets the plain one; bold: told from 0 (Holm over the pairs).
+# Upper number: disattenuated Spearman correlation, n/a where unreadable; in brackets the plain one; bold: told from 0 (Holm over the pairs).
 
 # %% [markdown]
 # ## 4 Pruned for one axis, judged on all (experiment 3)
@@ -240,19 +241,21 @@ display(judged.style.hide(axis="index").format(precision=1).format(precision=3, 
 figure = figures.selected_and_judged(judged)
 figures.save(figure, folder / "figures", "selected_and_judged")
 # %% [markdown]
-# `bias`, `floor` and `p` are the unpruned model's on the test prompts: where p is large there was no bias to remove.
+# `bias`, `floor` and `p` are the unpruned model's on the test prompts: where p is large there was no bias to remove, and a change in percent means nothing. Intervals of changes are a little too
+# narrow: in simulation, nominal 95 % cover 87 % if nothing changed, and less where most bias went.
 
 # %% [markdown]
 # ## 5 Verdict
 
 # %%
 spills, why_spills = biases.conclude_spill(judged, axes[0])
-others = judged[(judged["selected_for"] == axes[0]) & (judged["judged_on"] != axes[0])]["against_random"]
+others = judged[(judged["selected_for"] == axes[0]) & (judged["judged_on"] != axes[0]) & (judged["p"] < 0.05)]["against_random"]  # fmt: skip
 rows = []
 for name in measures:
     own = shown[shown["measure"] == name]
     shares, why = biases.conclude_correlation(own)
-    readable = own[own["verdict"] != "unreadable"]["disattenuated"]
+    counted = own[~own[["a", "b"]].eq("religion").any(axis=1)]  # as in the verdict
+    readable = (counted if len(counted) else own).query("verdict != 'unreadable'")["disattenuated"]
     rows.append({"claim": f"Heads' effects on the biases correlate positively, religion excepted ({name})", "ours": readable.mean(), "lowest": readable.min(), "highest": readable.max(), "verdict": shares, "why": why})  # fmt: skip
 rows.append({"claim": f"Pruning for {axes[0]} lowers the other biases, more than random pruning does", "ours": others.mean(), "lowest": others.min(), "highest": others.max(), "verdict": spills, "why": why_spills})  # fmt: skip
 verdicts = run.frame("verdicts", lambda: pd.DataFrame(rows))

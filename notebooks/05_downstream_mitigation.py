@@ -24,7 +24,8 @@
 # **What is done here.** Interventions on the model with the data as they are, and on the data with the plain model; with those of `crossed`, both; several seeds of each. Bias is the gap between women's and men's true positive rates per
 # occupation, accuracy stands beside it, and every effect is paired by seed with the plain pre-trained model.
 #
-# **Cost.** With the defaults (a tiny model, generated biographies): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`: see the table of runs in `reports/`.
+# **Cost.** With the defaults (a tiny model, generated biographies): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
+# about 15 minutes, 2 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Texts are about people's occupations and gender. First names and pronouns stand for groups of people, women and men only, as in the studies they come from.
 

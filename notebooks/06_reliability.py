@@ -23,8 +23,8 @@
 # of a selection on test prompts. (2) Our own: how reliability grows with prompts. (3) Do other measures of bias pick the same heads?
 # (4) Is the effect of several heads the sum of theirs? (5) Does scoring anew after each removal help? At the end a short guide.
 #
-# **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`:
-# see the table of runs in `reports/`.
+# **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
+# about 9 minutes, 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups, and models continue them in offensive ways. No continuation is shown here.
 
@@ -135,7 +135,8 @@ if not tables:
 
 # %% [markdown]
 # **Do the seeds agree?** Mean Spearman correlation between seeds of the same head scores, and how many of the top fifth of heads come out
-# again. Scores of the same 10,000 prompts, other sampling noise: what one seed calls a biased head, another should too.
+# again. Scores of the same 10,000 prompts, other sampling noise: what one seed calls a biased head, another should too. `mean_r`: the reliability of the
+# mean of the seeds, which the paper's selections rest on.
 
 # %%
 agree = run.frame(
@@ -147,6 +148,7 @@ agree.style.hide(axis="index").format(precision=2)
 # %% [markdown]
 # **Is the bias above what no difference would give?** Simulated under no difference between the groups, with the published number
 # of prompts, mean toxicity and share of toxic texts, and with groups as large as in HolisticBias. An axis at the floor has no bias that heads could have an effect on.
+# Runs of two kinds (see below) have a floor each.
 
 
 # %%
@@ -154,8 +156,12 @@ def floors() -> pd.DataFrame:
     rows = []
     for a in prompts.AXES:
         own = prompts.load(a, "valid", "holistic_bias")["bucket"].value_counts().to_dict()
-        have = {m: t for m, t in tables.items() if (t["axis"] == a).any()}
-        rows += [{"model": m, "axis": a, **published.noise_floor(t, a, own)} for m, t in have.items()]
+        for m, table in tables.items():
+            kinds = published.kinds_of_runs(table, a) if (table["axis"] == a).any() else {}
+            rows += [
+                {"model": f"{m}, {k}" if k else m, "axis": a, **published.noise_floor(t, a, own)}
+                for k, t in kinds.items()
+            ]
     return pd.DataFrame(rows).sort_values("model", kind="stable", ignore_index=True)
 
 
@@ -194,7 +200,7 @@ split.style.hide(axis="index").format(precision=2)
 # ## 2 Our own scores: how reliability grows
 # Split half: the correlation of head effects in two halves of the prompts, stepped up to all of them. Texts written without each head,
 # with the same sampling noise for all heads (coupled) or noise of their own (independent, as published); the cheap estimate, for all heads and
-# for those of the texts. Reliability depends on how much heads differ: only lines with the same heads compare. A reliability that *falls* with more
+# for those of the texts. By `gradient`, and always by likelihood, effects in sections 2 and 3 are first-order: what the gradient of the score by a head's mask predicts; sections 4 and 5 remove heads. Reliability depends on how much heads differ: only lines with the same heads compare. A reliability that *falls* with more
 # prompts is a warning: where groups don't differ, a head that makes all texts vary more raises the noise in both halves alike, and this agreement fades
 # as the noise does (section 3 says whether there is bias to have an effect on).
 
@@ -223,6 +229,10 @@ def sampled(how: dict, on: pd.DataFrame, text: measure.Windows = no_windows) -> 
 def of_all_heads() -> tuple[pd.DataFrame, pd.DataFrame]:
     got = sampled({"fidelity": cheap_fidelity, "checkpoint": folder / "checkpoint"}, many, valid_windows)
     parts = {name: biases.effects_of(got.rejudged(j)) for name, j in judged_by.items()}
+    parts |= {
+        f"{main}, first {k} seed(s)": biases.effects_of(got.rejudged(judged_by[main]), k)
+        for k in range(1, len(trust_seeds))
+    }
     read = likelihood.without_heads(net, list(many["prompt"]), frame=likelihood_frame)
     own = biases.Effects(prompts=many[["prompt", "bucket", "weight"]], values=read)
     effects = {name: next(iter(p.values())) for name, p in parts.items()} | {"likelihood": own}
@@ -231,6 +241,7 @@ def of_all_heads() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 scores, kept = run.frame_pair("head", of_all_heads, parts=("scores", "effects"))
 effects = biases.from_table(kept)
+fewer_seeds = {name: effects.pop(name) for name in list(effects) if name not in (*judges, "likelihood")}
 
 
 # %%
@@ -245,34 +256,49 @@ def written_without(coupled: bool) -> biases.Effects:
     return next(iter(biases.effects_of(sampled(how, few)).values()))
 
 
-lines = {
-    (f"{cheap_fidelity}, {main}", net.anatomy.n_flat): lambda: effects[main],
-    ("likelihood", net.anatomy.n_flat): lambda: effects["likelihood"],
-    (f"{cheap_fidelity}, {main}", len(spread)): lambda: effects[main].of_heads(spread),
-    ("texts, coupled", len(spread)): lambda: written_without(True),
-    ("texts, independent noise", len(spread)): lambda: written_without(False),
-}
-grows = run.frame("growth", lambda: pd.concat([grown(n, make()) for (n, _), make in lines.items()], ignore_index=True))  # fmt: skip
+noises = {"coupled": True, "independent noise": False}
+written = biases.from_table(run.frame("written", lambda: biases.to_table({k: written_without(c) for k, c in noises.items()})))  # fmt: skip
+lines = [
+    (f"{cheap_fidelity}, {main}", effects[main]),
+    *((f"{cheap_fidelity}, {name}", e) for name, e in fewer_seeds.items()),
+    ("likelihood", effects["likelihood"]),
+    (f"{cheap_fidelity}, {main}", effects[main].of_heads(spread)),
+    *((f"texts, {name}", e) for name, e in written.items()),
+]
+grows = run.frame("growth", lambda: pd.concat([grown(n, e) for n, e in lines], ignore_index=True))
 figure = figures.reliability_growth(grows, wanted_reliability)
 figures.save(figure, folder / "figures", "growth")
-grows[["scores", "prompts", "r", "low", "high"]].style.hide(axis="index").format(precision=2)
+display(grows[["scores", "prompts", "r", "low", "high"]].style.hide(axis="index").format(precision=2))
+noise = run.frame(
+    "noise",
+    lambda: pd.DataFrame(
+        [biases.noise_ratio(*(written[k] for k in ("independent noise", "coupled")), n_boot=n_boot)]
+    ),
+)
+display(
+    Markdown(
+        "Standard error of z_bias with noise of their own ÷ with the same noise, texts written without the same heads (95 % over heads):"
+    )
+)
+noise.style.hide(axis="index").format(precision=2)
 
 
 # %% [markdown]
-# What a wanted reliability takes (`needed`: prompts, with as many seeds as here), projected from all prompts at hand; `–` where the
-# reliability can't be told from 0, since nothing can be projected from noise. `at_published_budget`: stepped up to the 10,168 prompts of the
-# paper's gender axis.
+# What a wanted reliability takes (`needed`: prompts, with as many seeds as here), projected from all prompts at hand by Spearman and Brown's formula; `–` where the
+# reliability can't be told from 0, or the measure sees no bias in the unpruned model (p, section 3), since nothing can be projected from noise.
+# `at_published_budget`: stepped up to the 10,168 prompts of the paper's gender axis.
 
 
 # %%
 def needed(name: str, e: biases.Effects) -> dict:
-    own = (e.prompts["bucket"], e.prompts["weight"])
-    halves = reliability.half_scores(e.values, *own, e.sizes)
-    row = reliability.row(name, halves, e.z()[None], len(e.prompts), wanted_reliability)
+    row = reliability.row(name, biases.halved(e), e.z()[None], len(e.prompts), wanted_reliability)
     row["needed"] = row.pop("needed_1_seed")  # seeds are averaged in these effects
+    if reads.set_index("measure").loc[name, "p"] >= 0.05:
+        row |= {"needed": np.nan, "at_published_budget": np.nan}
     return {k: v for k, v in row.items() if k not in ("seeds", "needed_10_seeds")}
 
 
+reads = run.frame("reads", lambda: biases.reliabilities(effects).rename(columns={"axis": "measure"}))
 needs = run.frame("needed", lambda: pd.DataFrame([needed(n, e) for n, e in effects.items()]))
 needs.style.hide(axis="index").format(precision=2, na_rep="–").format("{:,.0f}", na_rep="–", subset=["needed"])  # fmt: skip
 
@@ -290,15 +316,14 @@ def compared() -> pd.DataFrame:
     return biases.overlaps(effects).merge(related.drop(columns=["method", "heads"]), on=["a", "b"])
 
 
-reads = run.frame("reads", lambda: biases.reliabilities(effects).rename(columns={"axis": "measure"}))
 measures = run.frame("measures", compared)
 display(reads.style.hide(axis="index").format(precision=3))
-columns = ["a", "b", "overlap", "own", "chance", "chance_high", "r", "disattenuated", "low", "high", "p_holm", "verdict"]  # fmt: skip
+columns = ["a", "b", "overlap", "overlap_low", "overlap_high", "own", "chance", "r", "ceiling", "disattenuated", "low", "high", "p_holm", "verdict"]  # fmt: skip
 measures[columns].style.hide(axis="index").format(precision=2, na_rep="–")
 
 # %% [markdown]
-# First table: does the measure see bias in the unpruned model (p), and do its head effects agree with themselves (`r`)? Second: `chance_high`: 95 % of random
-# picks overlap less; `r`, the plain correlation from all prompts, holds shared noise; `disattenuated` doesn't. "unreadable": one of the two sees no bias, or doesn't
+# First table: does the measure see bias in the unpruned model (p), and do its head effects agree with themselves (`r`)? Second: 95 % of
+# `overlap` and of `disattenuated` are over prompts; `r`, the plain correlation from all prompts, holds shared noise; `disattenuated` doesn't. "unreadable": one of the two sees no bias, or doesn't
 # agree with itself.
 
 # %% [markdown]
@@ -345,13 +370,14 @@ figures.save(figure, folder / "figures", "additivity")
 adds.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
-# `slope`: joint effect per sum of single effects, through 0, with 95 % over prompts; 1 if effects add up. `effect`: that of the largest set, without which there
+# `slope`: joint effect per sum of single effects, through 0, with 95 % over prompts; 1 if effects add up. Joint effects in one half of the prompts are held
+# against sums in the other: on the same prompts, a sum holds the noise of the unpruned model once per head, and the slope of the points above is below 1 by that alone. `effect`: that of the largest set, without which there
 # is nothing to add up; `bias` and `p`: the unpruned model's on these prompts.
 
 # %% [markdown]
 # ## 5 One shot, or all heads scored anew after each removal?
 # FASP picks all heads by their single effects. Greedy removes the head with the highest z_bias, scores all heads again, and so on, the same heads
-# protected. Both are judged on test prompts, beside random heads.
+# protected. Both are judged on test prompts, beside random heads. Intervals of changes are a little too narrow: in simulation, nominal 95 % cover 87 % if nothing changed, and less where most bias went.
 
 # %%
 protected = scores.sort_values(["ppl_without", "flat"])["flat"].iloc[len(scores) - int(gamma * len(scores)) :].tolist()  # fmt: skip
@@ -408,6 +434,7 @@ health = {
 }
 rows = [
     {"claim": f"Head scores come out again with {len(many)} prompts ({main})", "ours": again_r["split_half"], "low": again_r["split_half_low"], "high": again_r["split_half_high"], "verdict": verdict(again_r["split_half_low"] >= wanted_reliability, again_r["split_half_high"] < wanted_reliability), "why": f"reliability, wanted {wanted_reliability:g}; 95 % over heads"},
+    {"claim": "Noise of their own instead of the same makes head scores less precise", "ours": noise["ratio"].item(), "low": noise["low"].item(), "high": noise["high"].item(), "verdict": verdict(noise["low"].item() > 1, noise["high"].item() < 1), "why": f"standard error of z_bias, independent ÷ coupled noise, {len(spread)} heads, {len(few)} prompts; 95 % over heads"},
     {"claim": "Other measures find the same heads", "ours": readable["disattenuated"].mean(), "low": readable["low"].min(), "high": readable["high"].max(), "verdict": verdict((same["verdict"] == "positive").all(), (readable["high"] < 0.3).all(), len(readable) > 0), "why": f"{agree_on}; {top_too}; disattenuated correlation, mean, lowest and highest end of 95 %"},
     {"claim": "Effects of heads add up", "ours": is_there["slope"].mean(), "low": is_there["low"].min(), "high": is_there["high"].max(), "verdict": verdict((is_there["low"].gt(0.8) & is_there["high"].lt(1.25)).all(), (is_there["low"].gt(1.25) | is_there["high"].lt(0.8)).any(), len(is_there) > 0), "why": f"joint ÷ sum, by {', '.join(is_there['measure']) or 'no measure with an effect to add up'}; mean, lowest and highest end of 95 %; holds within .8 – 1.25"},
     {"claim": "Scoring anew after each removal lowers bias further", "ours": gain, "low": float(gain_low), "high": float(gain_high), "verdict": verdict(gain_high < 0, gain_low > 0, biased["p"] < 0.05), "why": f"greedy − one shot, {max(sizes)} heads, % of the unpruned bias (p = {biased['p']:.2f}); perplexity × {health['greedy']:.2f} and × {health['one shot (FASP)']:.2f}"},
@@ -415,22 +442,23 @@ rows = [
 if len(agree):
     best, worst = agree.loc[agree["r"].idxmax()], agree.loc[agree["r"].idxmin()]
     left = curse[curse["split"] == "test"]
-    rows.insert(0, {"claim": "Published head scores agree between seeds", "ours": agree["r"].mean(), "low": worst["r"], "high": best["r"], "verdict": verdict((agree["low"] > wanted_reliability).all(), (agree["high"] < wanted_reliability).all()), "why": f"Spearman, mean and range over {len(agree)} models: {worst['model'].split('/')[-1]} {worst['r']:.2f} to {best['model'].split('/')[-1]} {best['r']:.2f}"})  # fmt: skip
+    rows.insert(0, {"claim": "Published head scores agree between seeds", "ours": agree["r"].mean(), "low": worst["r"], "high": best["r"], "verdict": verdict((agree["mean_low"] > wanted_reliability).all(), (agree["mean_high"] < wanted_reliability).all()), "why": f"Spearman, mean and range over {len(agree)} models: {worst['model'].split('/')[-1]} {worst['r']:.2f} to {best['model'].split('/')[-1]} {best['r']:.2f}; judged by the mean of {agree['seeds'].iloc[0]} seeds, {agree['mean_r'].min():.2f} to {agree['mean_r'].max():.2f}, wanted {wanted_reliability:g}"})  # fmt: skip
     rows.insert(1, {"claim": "What FASP picks on validation prompts is as good on test prompts (published scores)", "ours": left["left"].mean(), "low": left["low"].min(), "high": left["high"].max(), "verdict": verdict((left["low"] > 0.8).all(), (left["high"] < 0.8).all()), "why": f"share of the advantage that is left: {', '.join(f'{r.model} {r.left:.2f}' for r in left.itertuples())}; mean, lowest and highest end of 95 % over heads"})  # fmt: skip
 verdicts = run.frame("verdicts", lambda: pd.DataFrame(rows))
 verdicts.style.hide(axis="index").format(precision=2, na_rep="–")
 
 # %%
 seen = reads.set_index("measure")["p"] < 0.05
-told_by = {n: (f"{r['needed']:,.0f}" if np.isfinite(r["needed"]) else "can't be told, since nothing in these scores comes out again") + ("" if seen[n] else " (but it sees no bias here)") for n, r in own.iterrows()}  # fmt: skip
-added_up = "; ".join(f"{r.slope:.2f} by {r.measure}" for r in adds.itertuples())
+why_not = {True: "can't be told, since nothing in these scores comes out again", False: "can't be told, since it sees no bias here"}  # fmt: skip
+told_by = {n: f"{r['needed']:,.0f}" if np.isfinite(r["needed"]) else why_not[bool(seen[n])] for n, r in own.iterrows()}  # fmt: skip
+added_up = "; ".join(f"{r.slope:.2f} ({r.low:.2f} – {r.high:.2f}) by {r.measure}" for r in is_there.itertuples()) or "can't be told, for want of an effect"  # fmt: skip
 guide = f"""
 **A guide, from this run** ({model}, {axis}; another model may need more or less).
 
 1. *How many prompts?* For a reliability of {wanted_reliability:g}, with {len(trust_seeds)} seed(s) each: {"; ".join(f"{n}: {k}" for n, k in told_by.items())}. Look at the reliability of your own scores first.
 2. *Which measure?* More than one. Here, {agree_on}; {top_too}.
 3. *Which figure to distrust?* A correlation between axes or measures without its ceiling; a bias without its floor; a selection judged on the prompts that it was made with; a sum of single
-   effects (here sets of heads do so many times the sum of theirs: {added_up}).
+   effects (sets of heads here do so many times the sum of theirs: {added_up}).
 4. *What to report?* The reliability of the scores, the overlap beside its chance and its ceiling, and the effect on prompts of their own, beside random heads.
 """
 display(Markdown(guide))
@@ -453,6 +481,7 @@ run.finish(
         "published_curse": "Published scores: mean bias without a picked head and without any candidate (γ = .3, α = .2)",
         "published_regimes": "Published scores: two kinds of runs, by mean toxicity",
         "published_floor": "Published bias per axis, and what no difference would give",
+        "noise": "Standard error of z_bias, noise of every head's own ÷ the same for all (95 % over heads)",
         "needed": "Our scores: reliability of z_bias over all heads, and the prompts that the wanted one takes",
         "reads": "Does each measure see bias in the unpruned model, and do its head effects agree with themselves?",
         "measures": "Do measures find the same heads?",

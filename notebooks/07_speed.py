@@ -22,8 +22,8 @@
 # reaches the same standard error at least 15 times sooner, `adaptive` at least 50 times. Each is checked at the end, and shown as
 # missed where it is. Section 7 asks whether the same heads would come out again, with coupled and with independent noise.
 #
-# **Cost.** With the defaults (a tiny model): under a minute on two CPU cores, 1 GB. `params/smollm2.yaml`: see the table
-# of runs in `reports/`.
+# **Cost.** With the defaults (a tiny model): under a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
+# about 10 minutes, 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups. No text is shown here.
 

@@ -26,7 +26,8 @@
 # **Questions**, after the papers: Does each way lower the bias, more than its control? Does that fade in other contexts, as the second paper has it for its own? Does data do more
 # than the model's parts? (The third paper says so of classifiers; here the language model itself learns from balanced texts.)
 #
-# **Cost.** With the defaults (a tiny model): about a minute on two CPU cores, 1 GB. Fine-tuning takes 16 bytes of memory per weight. `params/smollm2.yaml`: see the table of runs in `reports/`.
+# **Cost.** With the defaults (a tiny model): about a minute on two CPU cores, 1 GB. Fine-tuning takes 16 bytes of memory per weight. `params/smollm2.yaml`, the default of `make reproduce`:
+# about 10 minutes, 5 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Sentences are about occupations and gender, women and men only, as in the studies they come from.
 

@@ -198,8 +198,11 @@ def test_verdicts_by_hand():
             "high": [0.9, -0.2, 0.5, 0.9],
         }
     )
-    known = pd.DataFrame({"axis": list("xyzw"), "readable": [True, True, True, False]})
+    known = pd.DataFrame(
+        {"axis": list("xyzw"), "readable": [True, True, True, False], "r": [0.4, 0.9, 0.1, -0.1]}
+    )
     got = biases.verdicts(table, known)
+    assert got["ceiling"].tolist() == pytest.approx([0.6, 0.2, 0.3, np.nan], nan_ok=True)
     assert got["p_holm"].tolist() == pytest.approx([0.004, 0.04, 0.9, 0.004])
     assert got["verdict"].tolist() == ["positive", "negative", "undecided", "unreadable"]
 
@@ -211,11 +214,24 @@ def test_overlaps():
     got = biases.overlaps(clean, share=0.3).set_index(["a", "b"])
     assert got.loc[("x", "y"), "overlap"] == 1 and got.loc[("x", "z"), "overlap"] == 0
     assert (got["own"] == 1).all() and (got["chance"] == 0.3).all()
+    assert got.loc[("x", "y"), "overlap_low"] == 1 and got.loc[("x", "z"), "overlap_high"] == 0
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.1, (HEADS, 60))  # the same texts, read twice: nothing to find but their noise
     same = {k: effects(np.zeros(HEADS), noise, "same") for k in "xy"}
     got = biases.overlaps(same).iloc[0]
     assert got["overlap"] == pytest.approx(got["chance"], abs=0.12) == pytest.approx(got["own"], abs=0.12)
+    assert got["overlap_low"] < got["chance"] < got["overlap_high"]
+
+
+def test_noise_of_two_ways_of_scoring():
+    """Twice as much noise of the heads' own is twice the standard error."""
+    own = np.random.default_rng(0).normal(0, 0.01, (HEADS, 200))
+    once, twice = (effects(np.zeros(HEADS), k * own, "same") for k in (1, 2))
+    got = biases.noise_ratio(twice, once, n_boot=300)
+    assert got["ratio"] == pytest.approx(2, rel=0.15) and got["low"] < 2 < got["high"] < 2.6
+    assert biases.noise_ratio(once, once, n_boot=50)["ratio"] == 1
+    with pytest.raises(ValueError, match="other heads or prompts"):
+        biases.noise_ratio(once, once.of_heads([0, 1]))
 
 
 def test_conclusion_on_correlations():

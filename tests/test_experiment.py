@@ -155,16 +155,28 @@ def test_verdicts():
 
 
 def test_conclusions():
-    def table(**effects):
+    def table(against=(-5, 30), change=(-40, -20), **effects):
+        (low, high), (against_low, against_high) = change, against
+        ends = {"low": low, "high": high, "against_low": against_low, "against_high": against_high}
         return pd.DataFrame(
-            [{"method": m.replace("_", " "), "effect": e, "within_limit": w} for m, (e, w) in effects.items()]
+            [
+                {"method": m.replace("_", " "), "effect": e, "within_limit": w, "against_random": 0, **ends}
+                for m, (e, w) in effects.items()
+            ]
         )
 
     yes, no = ("reduces bias", True), ("no more than random", True)
+    costly, idle = ("reduces bias", False), ("no clear change", True)
     assert experiment.conclude(table(FASP=yes, random=no), 0.01)[0] == "reproduced"
     assert experiment.conclude(table(FASP=yes, bias_only=("reduces bias", False)), 0.01)[0] == "reproduced"
     assert experiment.conclude(table(FASP=yes, magnitude=yes), 0.01)[0] == "partly reproduced"
     assert experiment.conclude(table(FASP=no, magnitude=yes), 0.01)[0] == "not reproduced"
+    assert experiment.conclude(table(FASP=costly, magnitude=yes), 0.01)[0] == "not reproduced"
+    assert (
+        experiment.conclude(table(FASP=idle, against=(-30, 5), change=(-9, 20)), 0.01)[0] == "not reproduced"
+    )
+    assert experiment.conclude(table(FASP=no, against=(-18, 31)), 0.01)[0] == "undecided"
+    assert experiment.conclude(table(FASP=idle, against=(-30, 5), change=(-25, 5)), 0.01)[0] == "undecided"
     verdict, reason = experiment.conclude(table(FASP=yes, random=no), 0.12)
     assert verdict == "undecided" and "p = 0.12" in reason
 

@@ -43,7 +43,25 @@ def test_slope_of_effects():
     assert half["slope"] == pytest.approx(0.5) and half["high"] < 0.6
     rng = np.random.default_rng(1)
     noise = joint.slope(SETS, rng.normal(0.3, 0.1, (len(SETS), 40)), TABLE)
-    assert noise["low"] < 1 and noise["effect_low"] < 0 < noise["effect_high"]
+    assert not noise["low"] > 0 and noise["effect_low"] < 0 < noise["effect_high"]
+
+
+def test_noise_of_every_set_does_not_refute_additivity():
+    """Effects that add up: 1 lies in the interval if there is one; on the same prompts the slope is too low."""
+    bucket = list("ab") * 40
+    table, high = pd.DataFrame({"bucket": bucket, "weight": 1 / 80}), np.array(bucket) == "a"
+    sets = [[], *([h] for h in range(6)), list(range(6))]
+    same, found = [], []
+    for seed in range(16):
+        noise = np.random.default_rng(seed).normal(0, 0.1, (len(sets), 80))
+        seen = np.stack([0.2 + (0.6 - 0.05 * len(s)) * high for s in sets]) + noise
+        bias = measure.group_bias(seen, bucket)
+        z = bias[0] - bias
+        same.append((z[-1] * z[1:7].sum(), z[1:7].sum() ** 2))
+        found.append(joint.slope(sets, seen, table, n_boot=2))
+    naive, finite = np.sum(same, axis=0), [f for f in found if np.isfinite(f["high"])]
+    assert naive[0] / naive[1] < 0.85 and len(finite) >= 8
+    assert np.mean([f["low"] < 1 < f["high"] for f in finite]) >= 0.9
 
 
 def test_gradients_pass_the_masks_of_a_pruned_model():

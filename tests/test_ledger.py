@@ -135,7 +135,7 @@ def test_the_command_of_a_run_makes_it_again(tmp_path):
     file = batch.read_parameters("smollm2")
     used = {"model": file["model"], "ways": file["ways"], "most_damage": 1.1, "inputs": {"prompts": "0f"}}
     plain = ledger.command_of("smollm2", "08_one_yardstick", used)
-    assert plain == "python -m biasprune run --params smollm2 --notebook 08_one_yardstick --out reports"
+    assert plain == "python -m biasprune run --params smollm2 --notebook 08_one_yardstick --out results"
     for other in (
         {"most_damage": 1.2},
         {"ways": {}},

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biasprune import fetch
+from biasprune import fetch, prompts, reliability
 from biasprune import published as pub
 
 
@@ -30,6 +30,9 @@ def test_figures_of_the_published_scores(at_hand):
     }
     expected["meta-llama/Llama-2-7b-chat-hf"] = 0.01
     assert {m: round(a["r"], 2) for m, a in agree.items()} == expected
+    for a in agree.values():
+        assert a["mean_r"] == pytest.approx(reliability.spearman_brown(a["r"], 3)) and a["seeds"] == 3
+        assert a["overlap_low"] <= a["overlap"] <= a["overlap_high"]
     for m in ("gpt2", "EleutherAI/gpt-neo-1.3B", "meta-llama/Llama-2-7b-chat-hf"):
         assert agree[m]["overlap"] == pytest.approx(agree[m]["chance"], abs=0.06)
     curse = pub.winners_curse(tables["gpt2"]).set_index("split")[["picked", "candidates"]].round(3)
@@ -43,6 +46,16 @@ def test_figures_of_the_published_scores(at_hand):
     assert round(two["r_bias"], 2) == -0.98 and two["explained"] > 0.99
     assert two["ppl_low"] == pytest.approx(two["ppl_high"], rel=0.01)
     assert pub.regimes(tables["gpt2"])["explained"] < 0.9
+    assert list(pub.kinds_of_runs(tables["gpt2"], "gender_and_sex")) == [""]
+    kinds = pub.kinds_of_runs(tables["EleutherAI/gpt-neo-1.3B"], "gender_and_sex")
+    assert {k: round(t["toxicity"].mean(), 2) for k, t in kinds.items()} == {
+        "low toxicity": 0.14,
+        "high toxicity": 0.52,
+    }
+    groups = prompts.load("religion", "valid", "holistic_bias")["bucket"].value_counts().to_dict()
+    for model in [m for m, t in tables.items() if (t["axis"] == "religion").any()]:
+        at = pub.noise_floor(tables[model], "religion", groups)
+        assert at["bias"] <= at["floor_95"], model
 
 
 def curse_of(tables: dict) -> set[str]:
