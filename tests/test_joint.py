@@ -47,7 +47,7 @@ def test_slope_of_effects():
 
 
 def test_noise_of_every_set_does_not_refute_additivity():
-    """Effects that add up: 1 lies in the interval if there is one; on the same prompts the slope is too low."""
+    """Effects that add up: 1 lies in the interval, if there is one; on the same prompts it is too low."""
     bucket = list("ab") * 40
     table, high = pd.DataFrame({"bucket": bucket, "weight": 1 / 80}), np.array(bucket) == "a"
     sets = [[], *([h] for h in range(6)), list(range(6))]
