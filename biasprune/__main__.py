@@ -22,6 +22,8 @@ import pandas as pd
 
 from biasprune import batch, crate, ledger, record
 
+SHOWN = ("00_overview", "08_one_yardstick")  # whose sentence and first figure the README has
+
 
 def run(names: list[str], out: Path, only: list[str]) -> int:
     """Run notebooks with parameter files and write the report; the number of failures."""
@@ -44,17 +46,37 @@ def _table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 
-def _verdicts(out: Path) -> tuple[str, str]:
-    """Write ``out/claims.csv``; its verdicts counted by paper, as Markdown, and what went wrong, or ''."""
+def _verdicts(out: Path) -> tuple[str, str, str]:
+    """Write ``out/claims.csv``; its verdicts counted and the papers' claims as Markdown; what went wrong."""
     try:
         table = ledger.write(out)
     except ledger.LedgerError as e:
-        return f"There is no ledger of claims for these runs: {e}", str(e)
+        return f"There is no ledger of claims for these runs: {e}", "", str(e)
     counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(ledger.VERDICTS), fill_value=0)
     counts.insert(0, "claims", table.groupby("paper", sort=False)["id"].nunique())
     text = "Verdicts over claims, runs and cases; biasprune: our own claims. Figures and commands are in"
-    return f"{text} [claims.csv](claims.csv).\n\n{_table(counts.reset_index())}", ""
+    counted = f"{text} [claims.csv](claims.csv).\n\n{_table(counts.reset_index())}"
+    return counted, _claims(table[table["paper"] != ledger.OURS]), ""
+
+
+def _claims(table: pd.DataFrame) -> str:
+    """The ledger's claims, as Markdown: what is published, and what every run found."""
+
+    def found(row: pd.Series) -> str:
+        run = ", ".join(x for x in (row["parameters"], str(row["case"])) if x)
+        ends = f" ({row['low']:.3g} – {row['high']:.3g})" if pd.notna(row["low"]) else ""
+        number = f" {row['ours']:.3g}{ends}" if pd.notna(row["ours"]) else ""
+        return f"**{row['verdict']}**{number}" + (f", {run}" if run else "")
+
+    rows = []
+    for number, own in table.groupby("id", sort=False):
+        known = own[own["verdict"] != ledger.NOT_RUN]
+        here = "<br>".join(found(row) for _, row in (known if len(known) else own[:1]).iterrows())
+        one = own.iloc[0]
+        rows.append({"claim": f"{number}: {one['claim']}", "published": one["published"], "here": here})
+        rows[-1]["in"] = one["what"] if len(known) else ""
+    return _table(pd.DataFrame(rows).replace(r"\|", r"\\|", regex=True))
 
 
 def _longest(seconds: dict[str, float]) -> str:
@@ -71,8 +93,8 @@ def _longest(seconds: dict[str, float]) -> str:
 def report(out: Path) -> int:
     """Write ``out/README.md`` from the run records below ``out``, and the README's block of results.
 
-    The block in the README has every run's sentence and its first figure only. Verdicts on the claims go to
-    ``out/claims.csv``; 1 is returned if claims and records don't fit, otherwise 0.
+    The block in the README has the papers' claims, the runs, and the results of ``SHOWN``. Verdicts on the
+    claims go to ``out/claims.csv``; 1 is returned if claims and records don't fit, otherwise 0.
 
     A notebook's record names what it is about, and the tables and figures to show, under ``results``.
     Tables ``speed`` of all runs are put together in ``out/speed.csv``.
@@ -104,7 +126,9 @@ def report(out: Path) -> int:
         results = facts["results"]
         parts = [f"## {facts['notebook']}: {model['name']}, {path.parent.parent.name}", results["sentence"]]
         figures = [f"![{c}]({folder}/figures/{f}.png)" for f, c in results["figures"].items()]
-        short += [f"**{facts['notebook']}** ({path.parent.parent.name}). {results['sentence']}", *figures[:1]]
+        if facts["notebook"] in SHOWN:
+            named = f"**{facts['notebook']}** ({path.parent.parent.name})"
+            short += [f"{named}. {results['sentence']}", *figures[:1]]
         for name, caption in results["tables"].items():
             table = pd.read_parquet(path.parent / f"{name}.parquet")
             if len(table):
@@ -121,7 +145,7 @@ def report(out: Path) -> int:
         return 0
     if speed:
         record.write_text(out / "speed.csv", pd.concat(speed).to_csv(index=False, float_format="%.4g"))
-    verdicts, problem = _verdicts(out)
+    verdicts, claims, problem = _verdicts(out)
     if problem:
         print(f"No ledger of claims, {out / 'claims.csv'} isn't written: {problem}", file=sys.stderr)
     runs = pd.DataFrame(rows)
@@ -129,7 +153,7 @@ def report(out: Path) -> int:
     record.write_text(out / "README.md", text)
     readme = record.ROOT / "README.md"
     if out.resolve() == (record.ROOT / "reports").resolve() and readme.exists():
-        short = [verdicts, _table(runs.drop(columns="longest steps")), *short]
+        short = [verdicts, claims, _table(runs.drop(columns="longest steps")), *short]
         links = re.sub(r"\]\((?!http)", "](reports/", "\n\n".join(short))
         start, end = "<!-- results -->", "<!-- end of results -->"
         block = re.compile(f"{start}.*{end}", re.DOTALL)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -183,9 +184,15 @@ def test_the_report_without_a_ledger(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner.ledger, "write", lambda out: made)
     made = pd.DataFrame({"paper": ["P", "P", "Q"], "verdict": ["undecided", "reproduced", "not run here"]})
     made["id"] = ["1", "1", "2"]
+    made = made.assign(claim="c", published="p", what="w", parameters="", case=["", "x", ""], high=2.0)
+    made = made.assign(ours=[0.5, np.nan, 0.123456], low=[np.nan, 1.0, 0.1])
     assert runner.report(tmp_path) == 0
     text = (tmp_path / "README.md").read_text()
     assert "| P | 1 | 1 | 0 | 0 | 1 | 0 |\n| Q | 1 | 0 | 0 | 0 | 0 | 1 |" in text
+    rows = runner._claims(made.assign(claim="|c|")).splitlines()
+    assert rows[0] == "| claim | published | here | in |"
+    assert rows[2] == "| 1: \\|c\\| | p | **undecided** 0.5<br>**reproduced**, x | w |"
+    assert rows[3] == "| 2: \\|c\\| | p | **not run here** 0.123 (0.1 – 2) |  |"
 
 
 def test_no_download_and_no_torch_setting_at_import():
