@@ -43,6 +43,8 @@ def test_slope_of_effects():
     assert half["slope"] == pytest.approx(0.5) and half["high"] < 0.6
     rng = np.random.default_rng(1)
     noise = joint.slope(SETS, rng.normal(0.3, 0.1, (len(SETS), 40)), TABLE)
+    with pytest.raises(ValueError, match="group 'b' has fewer than four prompts"):
+        joint.slope(SETS, scores(lambda s: 0.5)[:, [0, 1, 2, 4, 6]], TABLE.iloc[[0, 1, 2, 4, 6]])
     assert not noise["low"] > 0 and noise["effect_low"] < 0 < noise["effect_high"]
 
 
