@@ -585,7 +585,7 @@ def noise_floors(table: pd.DataFrame) -> Figure:
         axis.plot(own["floor"], y, "|", ms=12, color="black", label="no difference: mean")
         axis.plot(own["bias"], y, "o", color="C3", label="published")
         axis.set_yticks(y, own["axis"])
-        axis.set_title(model.split("/")[-1], fontsize=10)
+        axis.set_title(model.split("/")[-1].replace(", ", ",\n"), fontsize=10)
         axis.set_xlabel("bias (log scale)")
         axis.set_xscale("log")
     axes[0, 0].invert_yaxis()
