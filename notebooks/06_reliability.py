@@ -156,12 +156,9 @@ def floors() -> pd.DataFrame:
     rows = []
     for a in prompts.AXES:
         own = prompts.load(a, "valid", "holistic_bias")["bucket"].value_counts().to_dict()
-        for m, table in tables.items():
-            kinds = published.kinds_of_runs(table, a) if (table["axis"] == a).any() else {}
-            rows += [
-                {"model": f"{m}, {k}" if k else m, "axis": a, **published.noise_floor(t, a, own)}
-                for k, t in kinds.items()
-            ]
+        have = {m: published.kinds_of_runs(t, a) for m, t in tables.items() if (t["axis"] == a).any()}
+        runs = {f"{m}, {k}" if k else m: t for m, kinds in have.items() for k, t in kinds.items()}
+        rows += [{"model": m, "axis": a, **published.noise_floor(t, a, own)} for m, t in runs.items()]
     return pd.DataFrame(rows).sort_values("model", kind="stable", ignore_index=True)
 
 

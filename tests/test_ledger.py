@@ -261,7 +261,8 @@ def test_no_verdict_of_a_run_is_left_out():
             continue
         own = known[(known["notebook"] == facts["notebook"]) & (known["table"] == "verdicts")]
         told = [i for row in own["row"] for i in table.query(row, engine="python").index]
-        assert set(told) == set(table.index), f"{folder}: {table['claim'][~table.index.isin(told)].tolist()}"
+        left = table[~table.index.isin(told)]  # but where a run could measure nothing
+        assert left.empty or left["ours"].isna().all(), f"{folder}: {left['claim'].tolist()}"
 
 
 def test_the_overview_runs_on_a_small_folder(tmp_path):
