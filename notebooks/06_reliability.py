@@ -223,11 +223,13 @@ def sampled(how: dict, on: pd.DataFrame, text: measure.Windows = no_windows) -> 
     return headscores.samples(net, on, judged_by[main], text, **options)
 
 
+readers = {name: (j, None) for name, j in judged_by.items()}
+readers |= {f"{main}, first {k} seed(s)": (judged_by[main], k) for k in range(1, len(trust_seeds))}
+
+
 def of_all_heads() -> tuple[pd.DataFrame, pd.DataFrame]:
     got = sampled({"fidelity": cheap_fidelity, "checkpoint": folder / "checkpoint"}, many, valid_windows)
-    kinds = {name: (j, None) for name, j in judged_by.items()}
-    kinds |= {f"{main}, first {k} seed(s)": (judged_by[main], k) for k in range(1, len(trust_seeds))}
-    parts = {name: biases.effects_of(got.rejudged(j), k) for name, (j, k) in kinds.items()}
+    parts = {name: biases.effects_of(got.rejudged(j), k) for name, (j, k) in readers.items()}
     read = likelihood.without_heads(net, list(many["prompt"]), frame=likelihood_frame)
     own = biases.Effects(prompts=many[["prompt", "bucket", "weight"]], values=read)
     effects = {name: next(iter(p.values())) for name, p in parts.items()} | {"likelihood": own}
