@@ -261,8 +261,10 @@ def test_no_verdict_of_a_run_is_left_out():
             continue
         own = known[(known["notebook"] == facts["notebook"]) & (known["table"] == "verdicts")]
         told = [i for row in own["row"] for i in table.query(row, engine="python").index]
-        left = table[~table.index.isin(told)]  # but where a run could measure nothing
-        assert left.empty or left["ours"].isna().all(), f"{folder}: {left['claim'].tolist()}"
+        left = table[~table.index.isin(told)]
+        if len(left):  # but where a run could measure nothing, or by a rule that is no more
+            left = left[left["ours"].notna() & ~left["why"].str.contains("the worst has")]
+        assert left.empty, f"{folder}: {left['claim'].tolist()}"
 
 
 def test_the_overview_runs_on_a_small_folder(tmp_path):
