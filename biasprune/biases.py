@@ -230,8 +230,7 @@ def correlations(
     for b in range(n_blocks):  # the same halvings each time
         some = _splits(halves, method, few, np.random.default_rng([seed, 2]), keep=block != b)
         left.append(_ratio(_covariances(some)))
-    error = np.sqrt((n_blocks - 1) ** 2 / n_blocks * np.var(left, axis=0, ddof=1))
-    reach = stats.t.ppf(0.975, n_blocks - 1) * error
+    reach = measure.jackknife_reach(left)
     orders = np.stack([rng.permutation(n) for _ in range(n_perm)])
     rows = []
     for i, j in combinations(range(len(names)), 2):
@@ -454,8 +453,7 @@ def overlaps(
     total = common(np.random.default_rng(seed), n_splits)
     block, few = halves.ranked(np.random.default_rng([seed, 1])) % n_blocks, -(-n_splits // 2)
     left = [common(np.random.default_rng([seed, 2]), few, block != b) for b in range(n_blocks)]
-    error = np.sqrt((n_blocks - 1) ** 2 / n_blocks * np.var(left, axis=0, ddof=1))
-    reach = stats.t.ppf(0.975, n_blocks - 1) * error
+    reach = measure.jackknife_reach(left)
     chance = top_overlap(np.arange(n), np.arange(n), k)
     return pd.DataFrame(
         [
@@ -473,6 +471,12 @@ def overlaps(
     )
 
 
+def counted(related: pd.DataFrame, apart: str = "religion") -> pd.DataFrame:
+    """The pairs of axes that ``conclude_correlation`` counts: without one axis, if other pairs remain."""
+    own = related[(related["a"] != apart) & (related["b"] != apart)]
+    return own if len(own) else related
+
+
 def conclude_correlation(
     related: pd.DataFrame, *, apart: str = "religion", small: float = 0.3
 ) -> tuple[str, str]:
@@ -487,8 +491,7 @@ def conclude_correlation(
     small
         Where most readable intervals lie below this and no pair is positive: not reproduced.
     """
-    own = related[(related["a"] != apart) & (related["b"] != apart)]
-    own = own if len(own) else related
+    own = counted(related, apart)
     said = own["verdict"].value_counts()
     tally = f"of {len(own)} pairs of axes" + f" without {apart}" * (len(own) < len(related))
     why = f"{tally}: " + ", ".join(f"{n} {v}" for v, n in said.items())

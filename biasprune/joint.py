@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from biasprune import measure
 from biasprune.ablate import Pruning, head_mask
@@ -105,7 +104,7 @@ def slope(
 
     found = ratio(np.ones(len(block), dtype=bool))
     left = [ratio(block != b) for b in range(BLOCKS)]
-    reach = stats.t.ppf(0.975, BLOCKS - 1) * np.sqrt((BLOCKS - 1) ** 2 / BLOCKS * np.var(left, ddof=1))
+    reach = float(measure.jackknife_reach(left))
     z = measure.group_bias(scores, bucket, weights)
     drawn = measure.bootstrap_bias(scores, bucket, weights, n_boot=n_boot)
     z, drawn = z[where[()]] - z, drawn[:, [where[()]]] - drawn

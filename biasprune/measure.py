@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
+from scipy import stats
 from torch import Tensor
 
 from biasprune import check
@@ -194,6 +195,21 @@ def interval(point: ArrayLike, replicates: np.ndarray, level: float = 0.95) -> t
         raise ValueError("no replicates: an interval needs draws.")
     low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     return 2 * np.asarray(point) - high, 2 * np.asarray(point) - low
+
+
+def jackknife_reach(left: ArrayLike, level: float = 0.95) -> np.ndarray:
+    """Half the width of an interval, from estimates that leave out one block each: (blocks, …) → (…).
+
+    Student's t; NaN where an estimate is.
+
+    Source: Tukey 1958.
+    """
+    left = check.numbers(left, "estimates")
+    n = len(left)
+    if n < 2:
+        raise ValueError("an interval by jackknife needs two blocks or more.")
+    error = np.sqrt((n - 1) ** 2 / n * np.var(left, axis=0, ddof=1))
+    return stats.t.ppf(1 - (1 - check.share(level, "level")) / 2, n - 1) * error
 
 
 # --- perplexity ---------------------------------------------------------------------------------

@@ -254,8 +254,7 @@ rows = []
 for name in measures:
     own = shown[shown["measure"] == name]
     shares, why = biases.conclude_correlation(own)
-    counted = own[~own[["a", "b"]].eq("religion").any(axis=1)]  # as in the verdict
-    readable = (counted if len(counted) else own).query("verdict != 'unreadable'")["disattenuated"]
+    readable = biases.counted(own).query("verdict != 'unreadable'")["disattenuated"]
     rows.append({"claim": f"Heads' effects on the biases correlate positively, religion excepted ({name})", "ours": readable.mean(), "lowest": readable.min(), "highest": readable.max(), "verdict": shares, "why": why})  # fmt: skip
 rows.append({"claim": f"Pruning for {axes[0]} lowers the other biases, more than random pruning does", "ours": others.mean(), "lowest": others.min(), "highest": others.max(), "verdict": spills, "why": why_spills})  # fmt: skip
 verdicts = run.frame("verdicts", lambda: pd.DataFrame(rows))

@@ -391,3 +391,13 @@ def test_windows_of_a_tokenizer_with_a_first_token(tiny):
     assert [t for part in targets for t in part] == plain
     published = measure.windows(tiny, text, length=8, rule="as_published")
     assert published.ids[0, :8].tolist() == [0, *plain[:7]], "as published: the text's start alone"
+
+
+def test_the_jackknife_of_a_mean_is_its_interval():
+    x = np.random.default_rng(0).normal(size=12)
+    left = [np.delete(x, i).mean() for i in range(12)]
+    low, high = stats.t.interval(0.95, 11, x.mean(), stats.sem(x))
+    assert measure.jackknife_reach(left) == pytest.approx((high - low) / 2)
+    assert np.isnan(measure.jackknife_reach([1.0, np.nan, 2.0]))
+    with pytest.raises(ValueError, match="two blocks or more"):
+        measure.jackknife_reach([1.0])
