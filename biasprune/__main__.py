@@ -25,9 +25,9 @@ from biasprune import batch, crate, ledger, record
 SHOWN = ("00_overview", "08_one_yardstick")  # whose sentence and first figure the README has
 
 
-def run(names: list[str], out: Path, only: list[str]) -> int:
+def run(names: list[str], out: Path, only: list[str], workers: int = 1) -> int:
     """Run notebooks with parameter files and write the report; the number of failures."""
-    grid = batch.Grid(notebooks=only or list(batch.notebooks()), params=names, out=out)
+    grid = batch.Grid(notebooks=only or list(batch.notebooks()), params=names, out=out, workers=workers)
     return batch.run(grid) + report(out)
 
 
@@ -138,7 +138,8 @@ def report(out: Path) -> int:
             speed.append(pd.read_parquet(path.parent / "speed.parquet").assign(run=path.parent.parent.name))
     head = (
         "Written by `python -m biasprune run`; don't edit. Every figure and number comes from the run "
-        "records here. Minutes are those of the computations; loading the model comes on top."
+        "records here. Minutes are those of the computations, on as many threads as column device says; "
+        "loading the model comes on top."
     )
     if not rows:
         print(f"No finished run below {out}: no report written.", file=sys.stderr)
@@ -173,6 +174,7 @@ def main() -> None:
     runner.add_argument("--submit", choices=["slurm", "local"], help="the grid through submitit")
     runner.add_argument("--params", nargs="+", help="names in notebooks/params, or YAML files")
     runner.add_argument("--notebook", nargs="*", help="with --params, notebooks to run; all by default")
+    runner.add_argument("--workers", type=int, help="so many runs at a time, benchmarks excepted")
     runner.add_argument("--out", type=Path, help="folder for the results, instead of reports or the grid's")
     reporter = commands.add_parser("report", help="write the report from run records again")
     reporter.add_argument("--out", type=Path, default=Path("reports"))
@@ -188,12 +190,15 @@ def main() -> None:
         except (ImportError, OSError, ValueError) as e:
             sys.exit(str(e))
         return
+    if args.workers is not None and args.workers < 1:
+        runner.error("--workers must be at least 1")
     if args.params and not (args.grid or args.dry_run or args.submit):
-        sys.exit(run(args.params, args.out or Path("reports"), args.notebook or []) > 0)
+        out = args.out or Path("reports")
+        sys.exit(run(args.params, out, args.notebook or [], args.workers or 1) > 0)
     if not args.grid or args.params or args.notebook:
         runner.error("give a grid, with --dry-run or --submit if wanted, or --params with --notebook")
     grid = batch.read_grid(args.grid)
-    grid = replace(grid, out=args.out or grid.out)
+    grid = replace(grid, out=args.out or grid.out, workers=args.workers or grid.workers)
     failed = batch.run(grid, dry=args.dry_run, submit=args.submit or "")
     if not args.dry_run:
         failed += report(grid.out)

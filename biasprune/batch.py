@@ -19,7 +19,9 @@ has a digest of what it was made from: parameters, code, the notebook's cells, t
 folders that parameters name. If all that is the same, the run is skipped. Models of a hub count by their
 name: give ``revision`` to tell them apart.
 
-``00_overview`` reads the records of all other runs: it is run once, after them, into ``out/all``.
+``00_overview`` reads the records of all other runs: it is run once, after them, into ``out/all``. Benchmarks
+(``BENCHMARKS``) are run one at a time on all cores, after what else there is to do. With several runs at a
+time, each has its share of the cores; another number of threads can change the last digits of a result.
 
 Beyond one machine, runs go to Slurm through submitit, without ``devices``. It fits since runs don't depend
 on each other: no rules of files and dates as a workflow engine has, no scheduler of its own
@@ -47,7 +49,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,6 +65,7 @@ from biasprune import fetch, progress, record
 
 STAMP = "batch.json"
 OVERVIEW = "00_overview"
+BENCHMARKS = ("07_speed",)
 _PAPERMILL = [sys.executable, "-m", "papermill"]
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 
@@ -510,6 +513,14 @@ def _slots(grid: Grid) -> list[dict[str, str]]:
     return slots
 
 
+def _turns(grid: Grid, jobs: list[Job]) -> list[tuple[list[dict[str, str]], list[Job]]]:
+    """Slots, and jobs for them, one after the other: nothing runs beside a benchmark."""
+    slots = _slots(grid)
+    timed = [job for job in jobs if job.notebook.stem in BENCHMARKS and len(slots) > 1]
+    alone = _slots(replace(grid, devices=grid.devices[:1], workers=1))
+    return [(slots, [job for job in jobs if job not in timed]), (alone, timed)]
+
+
 def _here(slots: list[dict[str, str]], jobs: list[Job]) -> None:
     """Every job on this machine, a thread per slot. An exception, such as a signal's, stops all of them."""
     since, stop, taking = time.time(), threading.Event(), threading.Lock()
@@ -635,13 +646,14 @@ def run(grid: Grid, *, dry: bool = False, submit: str = "") -> int:
         if OVERVIEW in grid.notebooks:
             print(f"all/{OVERVIEW}: after all others")
         return 0
-    means = _executor(grid, submit) if submit else _slots(grid)
+    means = _executor(grid, submit) if submit else _turns(grid, missing)
     record.write_text(grid.out / "batch.csv", summary(jobs, before).to_csv(index=False))
     try:
         if missing and submit:
             _elsewhere(means, missing)
         elif missing:
-            _here(means, missing)
+            for slots, some in means:
+                _here(slots, some)
     finally:
         table = summary(jobs, before)
         record.write_text(grid.out / "batch.csv", table.to_csv(index=False))

@@ -26,7 +26,7 @@
 # that comments are about; beside it stand phrases that differ in the group they name and in nothing else. Every effect is paired by seed with the plain pre-trained model. Seeds split one set of comments anew.
 #
 # **Cost.** With the defaults (a tiny model, a few hundred comments): less than a minute on a CPU core, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 5 minutes, 2 GB; exactly: the table of runs in `reports/`.
+# about 8 minutes on one core, 2 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** The comments, which people wrote, and half of the phrases, which are ours, insult groups of people or stereotype them. None is shown here.
 

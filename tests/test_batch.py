@@ -431,6 +431,61 @@ def test_one_run_at_a_time_on_each_device(tiny, monkeypatch):
     assert most == {"2": 2, "5": 2, "": 2}
 
 
+def test_nothing_runs_beside_a_benchmark(tiny, monkeypatch):
+    """Benchmarks come last, one at a time with all threads, whatever their place in the grid."""
+    began, running, lock = [], set(), threading.Lock()
+
+    def execute(notebook, values, target, *, environment, **_):
+        with lock:
+            running.add(target)
+            began.append((notebook.stem, len(running), environment.get("OMP_NUM_THREADS")))
+        time.sleep(0.05)
+        with lock:
+            running.remove(target)
+        return ""
+
+    monkeypatch.setattr(batch, "execute", execute)
+    monkeypatch.setattr(batch, "BENCHMARKS", ("01_tiny",))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    keys = {"notebooks": ["01_tiny", "02_other"], "grid": {"seed": [0, 1, 2, 3]}, "workers": 2}
+    assert batch.run(grid_of(tiny, **keys)) == 0
+    assert [name for name, *_ in began] == ["02_other"] * 4 + ["01_tiny"] * 4
+    assert max(n for _, n, _ in began[:4]) == 2 and {t for *_, t in began[:4]} == {"4"}
+    assert {n for _, n, _ in began[4:]} == {1} and {t for *_, t in began[4:]} == {None}
+    began.clear()  # one at a time, all have the machine to themselves: the grid's order
+    assert batch.run(grid_of(tiny, **{**keys, "workers": 1, "set": {"word": "x"}})) == 0
+    assert [name for name, *_ in began] == ["01_tiny"] * 4 + ["02_other"] * 4
+
+
+def test_benchmarks_are_notebooks():
+    assert set(batch.BENCHMARKS) <= set(batch.notebooks())
+
+
+def test_the_command_says_how_many_runs_at_a_time(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(batch, "run", lambda grid, **_: asked.append(grid.workers) or 0)
+    monkeypatch.setattr(command, "report", lambda out: 0)
+    grid_of(tiny, workers=3)
+    for words, wanted in [
+        (["--params", "one"], 1),
+        (["--params", "one", "--workers", "2"], 2),
+        ([str(tiny / "my.yaml")], 3),
+        ([str(tiny / "my.yaml"), "--workers", "1"], 1),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["biasprune", "run", *words])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == 0 and asked.pop() == wanted
+
+
+def test_no_runs_at_a_time_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["biasprune", "run", "--params", "one", "--workers", "0"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--workers must be at least 1" in capsys.readouterr().err
+
+
 def test_without_devices_runs_see_what_the_runner_sees(tiny, calls, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     batch.run(grid_of(tiny))
