@@ -237,8 +237,11 @@ class Pruning:
         }
         return Pruning(heads=heads, units=units, weights={n: torch.cat(i).unique() for n, i in all_.items()})
 
-    def random(self, lm: LM, seed: int) -> Pruning:
-        """A control: as many removed from every layer or matrix, drawn uniformly."""
+    def random(self, lm: LM | None, seed: int) -> Pruning:
+        """A control: as many removed from every layer or matrix, drawn uniformly.
+
+        ``lm`` is asked for the sizes of matrices, where single weights are removed; else it may be None.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def shuffled(mask: Tensor | None) -> Tensor | None:

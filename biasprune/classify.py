@@ -34,7 +34,8 @@ from biasprune.downstream import GROUPS, check_groups
 ENCODER = "minilm"
 # what the papers on pruning do, and the share pruned unless given; see pronouns.pruning
 PRUNED = {"fasp": 0.1, "neurons": 0.01, "neuron slopes": 0.005}
-UPSTREAM = ("pretrained", "randomized", "perturbed", "debiased", *PRUNED)
+RANDOM = "random for "  # before a method of PRUNED: its control, as many parts of the same layers at random
+UPSTREAM = ("pretrained", "randomized", "perturbed", "debiased", *PRUNED, *(RANDOM + m for m in PRUNED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Setting:
 
     ``data``: "none", "scrubbed", "rebalanced", or "co-occurrence" with its ``strength`` λ; ``scale`` is that
     of "perturbed", or the share of heads ("fasp") or neurons ("neurons", "neuron slopes") pruned (0: that
-    of ``PRUNED``).
+    of ``PRUNED``); "random for fasp" and so on prune as many parts of the same layers, drawn by the seed.
     """
 
     upstream: str = "pretrained"
@@ -77,7 +78,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.scale == 0:
-            object.__setattr__(self, "scale", PRUNED.get(self.upstream, 0.0))
+            object.__setattr__(self, "scale", PRUNED.get(self.upstream.removeprefix(RANDOM), 0.0))
 
     @property
     def name(self) -> str:
@@ -396,7 +397,10 @@ def changed(
     """
     if at.upstream not in UPSTREAM:
         raise ValueError(f"unknown intervention {at.upstream!r}; there are: {', '.join(UPSTREAM)}.")
-    pruning = selected(name, at.upstream, at.scale) if at.upstream in PRUNED else None
+    method = at.upstream.removeprefix(RANDOM)
+    pruning = selected(name, method, at.scale) if method in PRUNED else None
+    if pruning is not None and at.upstream != method:
+        pruning = pruning.random(None, seed)
     model, tokenizer = load(name, labels, seed=seed, randomized=at.upstream == "randomized")
     if at.upstream == "perturbed":
         perturb(model, at.scale, seed)

@@ -14,7 +14,7 @@ import statsmodels.formula.api as smf
 from scipy import stats
 
 from biasprune import check, downstream, toxicity
-from biasprune.classify import UPSTREAM, Setting, rates, summary
+from biasprune.classify import RANDOM, UPSTREAM, Setting, rates, summary
 
 PLAIN = "pretrained, none"
 MODEL, DATA = "model (intrinsic, upstream)", "data (share, data)"
@@ -163,6 +163,32 @@ def against(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beyond_random(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:
+    """How much more pruning changes the bias than removing as many parts of the same layers at random.
+
+    Parameters
+    ----------
+    cells
+        As ``against``; a setting's control is the one with "random for" before its name.
+
+    Returns
+    -------
+    DataFrame
+        setting, seeds, accuracy, control_accuracy (means), effect (on ``value``, less the control's), low,
+        high (95 %, Student's t over seeds), needed (seeds that would tell it from 0). No control, no row.
+    """
+    wide = cells.pivot(index="seed", columns="setting", values=value)
+    accuracy, rows = cells.groupby("setting")["accuracy"].mean(), []
+    for name in dict.fromkeys(cells["setting"]):
+        if (control := RANDOM + name) in wide:
+            each = wide[name] - wide[control]
+            low, high, sd = _interval(each)
+            own = [name, len(each), accuracy[name], accuracy[control], each.mean(), low, high]
+            rows.append([*own, seeds_needed(each.mean(), sd)])
+    columns = ["setting", "seeds", "accuracy", "control_accuracy", "effect", "low", "high", "needed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def seeds_needed(effect: float, sd: float) -> float:
     """How many seeds tell an effect from 0 in four of five experiments (95 % intervals)."""
     if effect == 0:
@@ -252,6 +278,9 @@ def learned(effects: pd.DataFrame, classes: int) -> list[str]:
     return list(effects["setting"][effects["accuracy"] - chance >= 0.5 * (plain - chance)])
 
 
+_VERDICT = ["claim", "ours", "low", "high", "verdict", "needed", "biased", "why"]
+
+
 def judged(
     effects: pd.DataFrame,
     slope: pd.DataFrame,
@@ -274,6 +303,8 @@ def judged(
         Number of classes, for chance.
     barely
         Share of the plain model's bias: what lies within ± this share, interval and all, barely changes it.
+        What lies beyond it refutes C1; pruning that has as many parts at random beside it only if it also
+        changes more than those do.
     slight
         λ up to which changes count as slight, as in ``slopes``.
     by_construction
@@ -286,7 +317,7 @@ def judged(
     DataFrame
         claim, ours, low, high, verdict ("reproduced", "not reproduced", "undecided"), needed (seeds that
         would decide an undecided one, if the effect is of this size), biased (the plain model shows a bias to
-        lower), why.
+        lower), why; no row for a claim that the grid has nothing to say about.
     """
     plain = effects[effects["setting"] == PLAIN].iloc[0]
     bound, rows, able = barely * plain[value], [], learned(effects, classes)
@@ -296,7 +327,8 @@ def judged(
     kinds = cells.drop_duplicates("setting").set_index("setting")
     lost = [s for s in kinds.index if s not in able]
     kinds = kinds.loc[[s for s in kinds.index if s in able]]
-    model = kinds.index[(kinds["data"] == "none") & ~kinds["upstream"].isin(["pretrained", "randomized"])]
+    control = kinds["upstream"].isin(["pretrained", "randomized"]) | kinds["upstream"].str.startswith(RANDOM)
+    model = kinds.index[(kinds["data"] == "none") & ~control]
     data = kinds.index[(kinds["upstream"] == "pretrained") & ~kinds["data"].isin(["none", *by_construction])]
     rest = (f"; left out, hardly learns: {', '.join(lost)}" if lost else "") + (
         "" if biased else f"; the plain model shows no bias to lower (p = {p:.2f})"
@@ -315,12 +347,19 @@ def judged(
         inside = (own["low"] > -bound) & (own["high"] < bound)
         room = (bound - own["effect"].abs()).abs().clip(lower=max(bound, 1e-9) / 4)
         listed = [f"{s} {r.effect:+.4f} (accuracy {r.accuracy:.2f})" for s, r in own.iterrows()]
+        chance = beyond_random(cells, value).set_index("setting").reindex(model)  # NaN without a control
+        lower = (own["high"] < -bound) & ~(chance["high"] >= 0)
+        higher = (own["low"] > bound) & ~(chance["low"] <= 0)
+        for s, r in chance.dropna(subset="effect").iterrows():
+            listed.append(
+                f"{s} {r.effect:+.4f} ({r.low:+.4f} – {r.high:+.4f}) beyond as many parts at random"
+            )
         add(
             "C1: interventions on the model barely change the bias",
             own["effect"].mean(),
             (own["low"].min(), own["high"].max()),
             bool(inside.all()),
-            bool(((own["high"] < -bound) | (own["low"] > bound)).any()),
+            bool((lower | higher).any()),
             max(seeds_needed(r, s) for r, s in zip(room, own["sd"], strict=True)),
             "; ".join(listed) + f"; plain {plain[value]:.4f} (accuracy {plain['accuracy']:.2f})",
         )
@@ -346,7 +385,7 @@ def judged(
         )
     known = slope[(slope["upstream"].astype(str) + ", none").isin(able)].set_index("upstream")
     if "pretrained" not in known.index:
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=_VERDICT)
     one = known.loc["pretrained"]
     moves = one["high"] < 0 or one["low"] > 0
     flat = slight * one["low"] > -bound and slight * one["high"] < bound and not moves
@@ -360,7 +399,7 @@ def judged(
         lacking = "needs a randomized model that learns, with the same changes"
         add(other, one["slope"], ends, False, moves, np.nan, f"{why}; to be reproduced it {lacking}")
         add(last, np.nan, (np.nan, np.nan), False, False, np.nan, lacking)
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=_VERDICT)
     two = known.loc["randomized"]
     why += f"; randomized {two['slope']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
     steep, most = two["high"] < 0 or two["low"] > 0, max(needed, two["needed"])
@@ -377,7 +416,21 @@ def judged(
         seeds_needed(each.mean(), sd),
         f"slope of {value} on λ, pre-trained − randomized",
     )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_VERDICT)
+
+
+def sentence(verdicts: pd.DataFrame) -> str:
+    """The claims of ``judged``, with a column data_name, in words."""
+    words = []
+    for name, own in verdicts.groupby("data_name", sort=False):
+        none = "" if own["biased"].all() else " (the plain model shows no bias to lower)"
+        each = [
+            f"{r.claim}: **{r.verdict}**"
+            + (f" (about {r.needed:,.0f} seeds needed)" if np.isfinite(r.needed) else "")
+            for r in own.itertuples()
+        ]
+        words.append(f"{name}{none}. {'; '.join(each)}.")
+    return " ".join(words) or "No claim can be judged: there is no intervention, or none that learns."
 
 
 def _best(wide: pd.DataFrame, arms: Sequence[str]) -> pd.Series:

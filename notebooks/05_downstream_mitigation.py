@@ -57,7 +57,6 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import transformers
 from IPython.display import Markdown, display
@@ -163,10 +162,14 @@ display(Markdown(f"Left out, with fewer than {least_texts} test texts of women o
 # in table `cells` is the usual root mean square, about its floor where there is no gap. `effect`: against the plain pre-trained model with the data as they are, paired by seed, 95 % over
 # seeds. `needed`: seeds that would tell an effect of this size from none. "rebalanced" repeats texts of the rarer gender (more texts, same classes); "scrubbed" texts are scrubbed for
 # testing too, since the classifier would never see others: a woman's and a man's are then the same text, so their gap is 0 by construction, whatever the classifier, and C2 leaves it out.
+# "random for" a way of pruning removes as many parts of the same layers at random: what it changes, any damage of this size does.
 
 # %%
 effects = run.frame("effects", lambda: pd.concat([mitigation.against(own).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
 display(effects.drop(columns="sd").style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–"))  # fmt: skip
+chance = run.frame("beyond_random", lambda: pd.concat([mitigation.beyond_random(own).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
+if len(chance):
+    display(chance.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"]).set_caption("Pruning less as many parts of the same layers at random (change of excess, paired by seed)"))  # fmt: skip
 figure = figures.interventions(effects)
 figures.save(figure, folder / "figures", "interventions")
 
@@ -231,7 +234,7 @@ verdicts = run.frame("verdicts", lambda: pd.concat([
 verdicts.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
 
 # %%
-sentence = f"{classifier}. " + " ".join(f"{d}" + ("" if own["biased"].all() else " (the plain model shows no bias to lower)") + ": " + "; ".join(f"{r.claim}: **{r.verdict}**" + (f" (about {r.needed:,.0f} seeds needed)" if np.isfinite(r.needed) else "") for r in own.itertuples()) + "." for d, own in verdicts.groupby("data_name", sort=False))  # fmt: skip
+sentence = f"{classifier}. {mitigation.sentence(verdicts)}"
 display(Markdown(sentence))
 
 # %%
@@ -242,6 +245,7 @@ run.finish(
     tables={
         "verdicts": "Claims",
         "effects": "Every intervention against the plain pre-trained model, paired by seed",
+        "beyond_random": "Pruning less as many parts of the same layers at random, paired by seed",
         "slopes": "Change of bias per λ, slight changes only",
         "attribution": "What explains the gaps",
         "texts": "Texts",

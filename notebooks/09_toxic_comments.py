@@ -55,7 +55,6 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import transformers
 from IPython.display import Markdown, display
@@ -229,7 +228,7 @@ verdicts = run.frame("verdicts", lambda: pd.concat([judged(t) for t in ([cells, 
 verdicts.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
 
 # %%
-sentence = f"{classifier}. " + " ".join(f"{d}" + ("" if own["biased"].all() else " (the plain model shows no bias to lower)") + ". " + "; ".join(f"{r.claim}: **{r.verdict}**" + (f" (about {r.needed:,.0f} seeds needed)" if np.isfinite(r.needed) else "") for r in own.itertuples()) + "." for d, own in verdicts.groupby("data_name", sort=False))  # fmt: skip
+sentence = f"{classifier}. {mitigation.sentence(verdicts)}"
 sentence += f" {meaning} ({found})."
 display(Markdown(sentence))
 

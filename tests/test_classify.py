@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, random_lm
+from scipy import stats
 
 from biasprune import ablate, classify, downstream, fetch, lm, mitigation, pronouns, toxicity
 
@@ -619,10 +620,76 @@ def test_parts_are_selected_once_for_a_model(monkeypatch):
     assert len(one) == 1 and len(two) == 4 and calls[1:] == [("fasp", 0.3)]
 
 
+def test_random_parts_are_as_many_of_the_same_layers():
+    own = classify.selected("tiny-llama", "fasp", 0.3).heads
+    gone = []
+    for seed in (0, 0, 1):
+        at = classify.Setting(upstream="random for fasp", scale=0.3)
+        model, _ = classify.changed("tiny-llama", at, LABELS, seed)
+        a = lm.anatomy(model)
+        zero = [(lm.weight_of(model.get_submodule(n)) == 0).all(0) for n in a.out_projs]
+        gone.append(torch.stack(zero).unflatten(1, (a.n_heads, a.head_dim)).all(-1))
+    assert gone[0].sum() == own.sum() > 0 and torch.equal(gone[0].sum(1), own.sum(1))
+    assert torch.equal(gone[0], gone[1]) and not torch.equal(gone[0], gone[2])
+
+
+def pruned_cells(pruned: float, by_chance: float) -> pd.DataFrame:
+    """A grid of plain, pruned and randomly pruned models, with these mean changes of a bias of .16."""
+    rng, rows = np.random.default_rng(1), []
+    for upstream, excess in (("pretrained", 0), ("fasp", pruned), ("random for fasp", by_chance)):
+        at = classify.Setting(upstream=upstream)
+        for seed in range(6):
+            key = {"setting": at.name, "upstream": upstream, "data": "none", "strength": 0.0, "seed": seed}
+            rows.append({**key, "accuracy": 0.8, "p": 0.001, "excess": 0.16 + excess + rng.normal(0, 0.005)})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "by_chance", "verdict"),
+    [(-0.1, 0.0, "not reproduced"), (-0.1, -0.1, "undecided"), (0.0, -0.1, "reproduced")],
+)
+def test_pruning_counts_where_it_does_more_than_chance(pruned, by_chance, verdict):
+    """And what random parts change is no intervention that C1 or C2 is about."""
+    cells = pruned_cells(pruned, by_chance)
+    (found,) = mitigation.judged(
+        mitigation.against(cells), mitigation.slopes(cells), cells, classes=10
+    ).itertuples()
+    assert found.claim.startswith("C1") and found.verdict == verdict
+    assert "beyond as many parts at random" in found.why and "random for" not in found.why
+    (row,) = mitigation.beyond_random(cells).itertuples()
+    wide = cells.pivot(index="seed", columns="setting", values="excess")
+    each = wide["fasp 0.1, none"] - wide["random for fasp 0.1, none"]
+    test = stats.ttest_1samp(each, 0).confidence_interval()
+    assert (row.effect, row.low, row.high) == pytest.approx((each.mean(), test.low, test.high))
+    assert row.setting == "fasp 0.1, none" and row.seeds == 6
+    assert not len(mitigation.beyond_random(cells[cells["upstream"] != "random for fasp"]))
+
+
+def test_verdicts_in_words():
+    cells = pruned_cells(-0.1, 0.0)
+    found = mitigation.judged(mitigation.against(cells), mitigation.slopes(cells), cells, classes=10)
+    words = mitigation.sentence(found.assign(data_name="texts", verdict="undecided", needed=12.0))
+    claim = found["claim"].iloc[0]
+    assert words == f"texts. {claim}: **undecided** (about 12 seeds needed)."
+    words = mitigation.sentence(found.assign(data_name="texts", biased=False))
+    assert words == f"texts (the plain model shows no bias to lower). {claim}: **not reproduced**."
+
+
+def test_a_grid_without_anything_to_judge():
+    """Where nothing but the plain model learns, there are no claims, and the tables keep their columns."""
+    cells = pruned_cells(-0.1, 0.0)
+    cells["accuracy"] = cells["accuracy"].where(cells["upstream"] == "pretrained", 0.1)
+    slopes = mitigation.slopes(cells)
+    found = mitigation.judged(mitigation.against(cells), slopes, cells, classes=10)
+    assert not len(found) and {"claim", "verdict", "needed", "why"} <= set(found.columns)
+    assert mitigation.sentence(found.assign(data_name="texts")).startswith("No claim can be judged")
+
+
 def test_shares_are_shown_in_names():
     got = [classify.Setting(upstream=u).name for u in classify.UPSTREAM]
     assert got == ["pretrained, none", "randomized, none", "perturbed, none", "debiased, none"] + [
-        "fasp 0.1, none", "neurons 0.01, none", "neuron slopes 0.005, none"
+        "fasp 0.1, none", "neurons 0.01, none", "neuron slopes 0.005, none",
+        "random for fasp 0.1, none", "random for neurons 0.01, none", "random for neuron slopes 0.005, none",
     ]  # fmt: skip
     assert classify.Setting(upstream="fasp", scale=0.25, data="scrubbed").name == "fasp 0.25, scrubbed"
     assert classify.Setting(upstream="fasp") == classify.Setting(upstream="fasp", scale=0.1)
