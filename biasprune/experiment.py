@@ -354,4 +354,5 @@ def conclude(verdicts: pd.DataFrame, p_value: float, small: float = 10.0) -> tup
     refuted = not fasp["within_limit"] or fasp["low"] > -small or fasp["against_low"] > -small
     low, high = (f"{fasp[f'against_{end}']:+.0f}" for end in ("low", "high"))
     did += f"; FASP − random: {fasp['against_random']:+.0f} points ({low} – {high})"
+    did += f"; its perplexity × {fasp['worst_ppl_ratio']:.3f} at most"
     return ("not reproduced" if refuted else "undecided"), did

@@ -714,6 +714,7 @@ def interventions(
         left.set_yticks(y, own["setting"])
         left.set_title(f"{name} (dotted: plain model)", fontsize=10)
         left.set_xlabel(f"{bias}, less sampling variance (95 % of the effect, over seeds)")
+        left.locator_params(axis="x", nbins=6)
         right.plot(own["accuracy"], y, "s", color="black", ms=6)
         right.set_xlabel("accuracy")
         right.set_xlim(0, 1)

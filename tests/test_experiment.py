@@ -158,6 +158,7 @@ def test_conclusions():
     def table(against=(-5, 30), change=(-40, -20), **effects):
         (low, high), (against_low, against_high) = change, against
         ends = {"low": low, "high": high, "against_low": against_low, "against_high": against_high}
+        ends["worst_ppl_ratio"] = 1.255
         return pd.DataFrame(
             [
                 {"method": m.replace("_", " "), "effect": e, "within_limit": w, "against_random": 0, **ends}
@@ -177,6 +178,8 @@ def test_conclusions():
     )
     assert experiment.conclude(table(FASP=no, against=(-18, 31)), 0.01)[0] == "undecided"
     assert experiment.conclude(table(FASP=idle, against=(-30, 5), change=(-25, 5)), 0.01)[0] == "undecided"
+    verdict, reason = experiment.conclude(table(FASP=costly), 0.01)
+    assert verdict == "not reproduced" and "perplexity × 1.255 at most" in reason
     verdict, reason = experiment.conclude(table(FASP=yes, random=no), 0.12)
     assert verdict == "undecided" and "p = 0.12" in reason
 
