@@ -14,7 +14,7 @@ import statsmodels.formula.api as smf
 from scipy import stats
 
 from biasprune import check, downstream, toxicity
-from biasprune.classify import RANDOM, UPSTREAM, Setting, rates, summary
+from biasprune.classify import PRUNED, RANDOM, UPSTREAM, Setting, rates, summary
 
 PLAIN = "pretrained, none"
 MODEL, DATA = "model (intrinsic, upstream)", "data (share, data)"
@@ -303,8 +303,8 @@ def judged(
         Number of classes, for chance.
     barely
         Share of the plain model's bias: what lies within ± this share, interval and all, barely changes it.
-        What lies beyond it refutes C1; pruning that has as many parts at random beside it only if it also
-        changes more than those do.
+        What lies beyond it refutes C1; pruning only if it also changes more than as many parts at random do,
+        which the grid needs for that.
     slight
         λ up to which changes count as slight, as in ``slopes``.
     by_construction
@@ -348,8 +348,11 @@ def judged(
         room = (bound - own["effect"].abs()).abs().clip(lower=max(bound, 1e-9) / 4)
         listed = [f"{s} {r.effect:+.4f} (accuracy {r.accuracy:.2f})" for s, r in own.iterrows()]
         chance = beyond_random(cells, value).set_index("setting").reindex(model)  # NaN without a control
-        lower = (own["high"] < -bound) & ~(chance["high"] >= 0)
-        higher = (own["low"] > bound) & ~(chance["low"] <= 0)
+        whole = ~kinds.loc[model, "upstream"].isin(PRUNED)  # these aren't mere damage to some parts
+        lower = (own["high"] < -bound) & (whole | (chance["high"] < 0))
+        higher = (own["low"] > bound) & (whole | (chance["low"] > 0))
+        if len(alone := model[~whole & chance["effect"].isna()]):
+            listed.append(f"without random parts beside it, so no evidence against C1: {', '.join(alone)}")
         for s, r in chance.dropna(subset="effect").iterrows():
             listed.append(
                 f"{s} {r.effect:+.4f} ({r.low:+.4f} – {r.high:+.4f}) beyond as many parts at random"

@@ -665,6 +665,18 @@ def test_pruning_counts_where_it_does_more_than_chance(pruned, by_chance, verdic
     assert not len(mitigation.beyond_random(cells[cells["upstream"] != "random for fasp"]))
 
 
+def test_pruning_alone_refutes_nothing():
+    """Without random parts beside it, what it does may be what any damage of that size does."""
+    cells = pruned_cells(-0.1, 0.0)
+    alone = cells[cells["upstream"] != "random for fasp"]
+    noisy = alone.replace({"fasp": "debiased", "fasp 0.1, none": "debiased, none"})
+    for table, verdict in ((cells, "not reproduced"), (alone, "undecided"), (noisy, "not reproduced")):
+        own = mitigation.against(table), mitigation.slopes(table), table
+        (found,) = mitigation.judged(*own, classes=10).itertuples()
+        assert found.verdict == verdict
+        assert ("without random parts beside it" in found.why) == (table is alone)
+
+
 def test_verdicts_in_words():
     cells = pruned_cells(-0.1, 0.0)
     found = mitigation.judged(mitigation.against(cells), mitigation.slopes(cells), cells, classes=10)
