@@ -174,7 +174,7 @@ def command_of(parameters: str, notebook: str, config: dict | None = None) -> st
     values = {k: v for k, v in config.items() if k in default}
     if (folder / "params" / f"{parameters}.yaml").is_file():
         given = {**default, **batch.read_parameters(parameters)}
-        if all(given[k] == v for k, v in values.items()):
+        if all(given[k] in (v, "fast") for k, v in values.items()):  # fast: resolved in the record
             return short
     # as YAML, since its floats need a point, which JSON leaves out of 3e-05
     given = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)

@@ -304,6 +304,28 @@ def small_models() -> list[str]:
     return sorted(p.parent.name for p in (fetch.data_dir() / "models").glob("*/config.json"))
 
 
+def has_bfloat16(device: str = "auto") -> bool:
+    """Whether a device computes in bfloat16 itself; one that emulates it is slower than in float32."""
+    kind = device.split(":")[0].replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
+    return any(known.get(unit) for unit in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
+
+
+def number_format(dtype: str, device: str = "auto") -> str:
+    """What "fast" means on a device: bfloat16 if it has that, else float32; others as they are.
+
+    Raises
+    ------
+    ValueError
+        Unknown dtype.
+    """
+    if dtype not in ("float32", "bfloat16", "float16", "fast", "auto"):
+        raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16, float16, fast or auto.")
+    return ("bfloat16" if has_bfloat16(device) else "float32") if dtype == "fast" else dtype
+
+
 def load(
     name: str | os.PathLike,
     *,
@@ -323,7 +345,7 @@ def load(
     revision
         Hub commit or tag; the commit it resolves to is kept in ``LM.revision``.
     dtype
-        "float32", "bfloat16", "float16", or "auto" (the checkpoint's).
+        "float32", "bfloat16", "float16", "fast" (see ``number_format``), or "auto" (the checkpoint's).
     device
         "auto" takes a GPU if there is one. Ignored with ``device_map``.
     device_map
@@ -339,8 +361,7 @@ def load(
     fetch.FetchError
         A packaged model can't be downloaded or stored.
     """
-    if dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16, float16 or auto.")
+    dtype = number_format(dtype, device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

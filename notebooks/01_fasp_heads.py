@@ -30,13 +30,13 @@
 # `params/smollm2.yaml`, the default of `make reproduce`:
 # about 10 minutes on one core, 3 GB; exactly: the table of runs in `reports/`.
 #
-# > **Content warning.** Prompts name social groups, and models continue them in offensive ways. Continuations
-# > are shown in section 6.
+# > **Content warning.** Prompts name social groups, and models continue them in offensive ways. Texts are shown
+# > only if asked for (`show_texts`, section 6).
 
 # %% tags=["parameters"]
 model: str = "planted"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
-dtype: str = "float32"  # float32, bfloat16, float16
+dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
 axis: str = "invented_group"  # gender_and_sex, race_ethnicity, nationality, religion, sexual_orientation
 prompts_source: str = "models/planted/prompts.csv"  # biasprune, holistic_bias, or a CSV file
@@ -62,6 +62,7 @@ alphas: list = [0.0, 0.07, 0.13, 0.19]  # shares of heads pruned (paper: 0, .02,
 max_ppl_ratio: float = 1.25  # perplexity limit for the choice of γ and for the verdict, × unpruned
 random_draws: int = 8  # random selections, averaged
 n_boot: int = 1000  # bootstrap samples
+show_texts: bool = False  # continuations in the notebook: unfiltered, offensive in parts
 batch_rows: int = 256  # sequences per batch when sampling
 batch_tokens: int = 4096  # tokens per batch for perplexity
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
@@ -87,6 +88,7 @@ pd.set_option("display.precision", 4, "display.max_colwidth", 110)
 # What this run depends on. The same goes to `run.json` in the output folder.
 
 # %%
+dtype = lm.number_format(dtype, device)
 config = {name: globals()[name] for name in ["model", "revision", "dtype", "axis", "prompts_source", "judge_name", "corpus_name", "rule", "fidelity", "n_valid", "n_base", "n_test", "score_seeds", "grid_seeds", "test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "gammas", "alphas", "max_ppl_ratio", "random_draws", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"01_fasp_heads-{model}-{axis}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
@@ -140,7 +142,7 @@ figures.save(figure, folder / "figures", "judge_by_group")
 # %% [markdown]
 # **Is there bias to remove?** Bias is a sum of absolute differences, so it is above zero even where groups don't differ.
 # Shuffling the group labels gives the noise floor: what no difference would give. One model is cheap to sample, so
-# this is asked of a larger sample first; then of the test prompts, on which the methods are compared below.
+# this is asked of a larger sample first; in section 4 of the test prompts, on which the methods are compared.
 
 # %%
 large = prompts.sample(tables["valid"], n_base or len(tables["valid"]), seed=0)
@@ -150,41 +152,17 @@ large_texts, _ = run.frame_pair(
         net, unpruned, large, judged_by, valid_windows, seeds=[0], rule=rule, progress="unpruned", **sampling
     ),
 )
-test_base, _ = run.frame_pair(
-    "unpruned_test",
-    lambda: experiment.evaluate(
-        net,
-        unpruned,
-        test,
-        judged_by,
-        test_windows,
-        seeds=test_seeds,
-        rule=rule,
-        progress="unpruned",
-        **sampling,
-    ),
-)
-detection = run.frame(
-    "detection",
-    lambda: pd.DataFrame(
-        [
-            {
-                "prompts": name,
-                **measure.detect_bias(
-                    of.groupby("prompt")["score"].mean(), sampled["bucket"], sampled["weight"]
-                ),
-                "seeds": of["seed"].nunique(),
-            }
-            for name, of, sampled in (
-                ("larger sample (validation)", large_texts, large),
-                ("for scoring (validation)", base, valid),
-                ("test", test_base, test),
-            )
-        ]
-    ),
-)
-p_value = float(detection.set_index("prompts").loc["test", "p"])
-detection.style.hide(axis="index").format(precision=3).set_caption(
+
+
+def detected(name: str, of: pd.DataFrame, sampled: pd.DataFrame) -> dict:
+    """Bias of the unpruned model's texts, and its noise floor."""
+    means = of.groupby("prompt")["score"].mean()
+    found = measure.detect_bias(means, sampled["bucket"], sampled["weight"])
+    return {"prompts": name, **found, "seeds": of["seed"].nunique()}
+
+
+found = [detected("larger sample (validation)", large_texts, large), detected("for scoring (validation)", base, valid)]  # fmt: skip
+pd.DataFrame(found).style.hide(axis="index").format(precision=3).set_caption(
     "Unpruned model: measured bias, and what no difference would give"
 )
 
@@ -296,6 +274,13 @@ test_texts, test_losses = run.frame_pair(
 )  # fmt: skip
 compared, replicates = experiment.compare(chosen, test_texts, test_losses, test, test_windows, n_boot=n_boot)
 run.frame("comparison", lambda: compared)
+detection = run.frame("detection", lambda: pd.DataFrame([*found, detected("test", test_texts[test_texts["heads"] == ""], test)]))  # fmt: skip
+p_value = float(detection.set_index("prompts").loc["test", "p"])
+display(
+    detection.style.hide(axis="index")
+    .format(precision=3)
+    .set_caption("Unpruned model: measured bias, and what no difference would give")
+)
 figure = figures.change_against_alpha(compared, max_ppl_ratio)
 figures.save(figure, folder / "figures", "change_against_alpha")
 # %% [markdown]
@@ -323,9 +308,9 @@ fasp = chosen[(chosen["method"] == "FASP") & (chosen["alpha"] == max(alphas))]["
 figure = figures.head_map(a.n_layers, a.n_heads, protected, list(fasp))
 figures.save(figure, folder / "figures", "head_map")
 # %% [markdown]
-# ## 6 Continuations before and after
-# > **Content warning.** Unfiltered model output. Shown are the continuations of test prompts whose score changes most
-# > under FASP at the largest α, in either direction.
+# ## 6 Scores before and after
+# The test prompts whose score changes most under FASP at the largest α, in either direction. `-p show_texts True` shows
+# prompts and continuations, too: unfiltered model output, offensive in parts.
 
 # %%
 pair = test_texts[
@@ -334,9 +319,10 @@ pair = test_texts[
 wide = pair.pivot(index="prompt", columns="heads", values=["text", "score"])
 wide.columns = [f"{what} {'after' if heads else 'before'}" for what, heads in wide.columns]
 wide.insert(0, "prompt text", test["prompt"].to_numpy())
+wide.insert(0, "group", test["bucket"].to_numpy())
 change = (wide["score after"] - wide["score before"]).astype(float)
 examples = wide.loc[[*change.nsmallest(3).index, *change.nlargest(3).index]]
-examples.style.hide(axis="index").format(precision=3)
+examples[[c for c in examples if show_texts or "text" not in c]].style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 7 Verdict

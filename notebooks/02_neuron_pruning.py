@@ -34,7 +34,7 @@
 # %% tags=["parameters"]
 model: str = "planted-audit"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
-dtype: str = "float32"  # float32, bfloat16, float16
+dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
 contexts_source: str = "models/planted-audit/contexts.csv"  # biasprune, or a CSV file
 names_source: str = "models/planted-audit/names.csv"  # biasprune, or a CSV file
@@ -98,6 +98,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+dtype = lm.number_format(dtype, device)
 config = {name: globals()[name] for name in ["model", "revision", "dtype", "contexts_source", "names_source", "compare_by", "groups", "audit_context", "max_variations", "corpus_name", "chat", "prefix", "suffix", "answer_tokens", "answer_temperature", "answer_top_k", "answer_seeds", "judge_seeds", "most_numbers", "log_values", "audit_window", "audit_tokens", "part_shares", "protect_share", "protect_group", "damage", "control_draws", "control_shuffles"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"02_neuron_pruning-{model}-{compare_by}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)

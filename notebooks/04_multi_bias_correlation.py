@@ -33,7 +33,7 @@
 # %% tags=["parameters"]
 model: str = "planted-axes"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
-dtype: str = "float32"  # float32, bfloat16, float16
+dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
 axes: list = ["colour", "shape", "sound"]  # axes of bias; the first is the one that experiment 3 prunes for
 prompts_source: str = "models/planted-axes/prompts.csv"  # biasprune, holistic_bias, or a CSV file
@@ -94,6 +94,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+dtype = lm.number_format(dtype, device)
 config = {name: globals()[name] for name in ["model", "revision", "dtype", "axes", "prompts_source", "judge_name", "corpus_name", "likelihood_frame", "rule", "axes_fidelity", "axes_valid", "axes_test", "axes_seeds", "axes_test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "axes_gamma", "axes_alpha", "axes_draws", "n_splits", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"04_multi_bias_correlation-{model}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)

@@ -48,7 +48,7 @@ class_epochs: int = 3  # paper's protocol: 10
 class_rate: float = 2e-3  # learning rate (protocol: 5e-5)
 class_batch: int = 32  # texts per step (protocol: 64)
 class_length: int = 96  # longest text in tokens (protocol: 128)
-class_bf16: bool = False  # mixed precision
+class_bf16: bool = False  # mixed precision, where the device computes in bfloat16
 least_texts: int = 10  # classes with fewer test texts of either group are left out, and named
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
@@ -61,7 +61,7 @@ import pandas as pd
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import classify, downstream, figures, mitigation, progress, record
+from biasprune import classify, downstream, figures, lm, mitigation, progress, record
 
 warnings.filterwarnings("ignore", message=".*IProgress.*")
 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -73,6 +73,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+class_bf16 = class_bf16 and lm.has_bfloat16()
 config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "bold_words", "bios_specific", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"05_downstream_mitigation-{classifier}")
 sizes = {d: {"train": class_train.get(d, 1000), "dev": class_dev, "test": class_test} for d in class_data}

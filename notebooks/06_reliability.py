@@ -31,7 +31,7 @@
 # %% tags=["parameters"]
 model: str = "planted"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
-dtype: str = "float32"  # float32, bfloat16, float16
+dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
 axis: str = "invented_group"  # gender_and_sex, race_ethnicity, nationality, religion, sexual_orientation
 prompts_source: str = "models/planted/prompts.csv"  # biasprune, holistic_bias, or a CSV file
@@ -106,6 +106,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+dtype = lm.number_format(dtype, device)
 config = {name: globals()[name] for name in ["model", "revision", "dtype", "axis", "prompts_source", "judges", "likelihood_frame", "corpus_name", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "cheap_fidelity", "cheap_prompts", "exact_prompts", "exact_layers", "trust_seeds", "trust_counts", "wanted_reliability", "gamma", "joint_heads", "joint_sizes", "joint_prompts", "joint_seeds", "greedy_heads", "greedy_prompts", "n_test", "trust_test_seeds", "random_draws", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"06_reliability-{model}-{axis}")
 at_hand = published.models(published_source)

@@ -90,6 +90,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+speed_dtypes = list(dict.fromkeys(lm.number_format(d, device) for d in speed_dtypes))
 config = {name: globals()[name] for name in ["model", "revision", "axis", "prompts_source", "judge_name", "corpus_name", "top_k", "temperature", "max_prompt_tokens", "speed_dtypes", "speed_work", "speed_layers", "speed_naive_heads", "speed_window", "speed_tokens", "speed_shapes", "speed_shape_work", "weight_examples", "weight_at_once", "weight_shape", "precision_layers", "precision_prompts", "adaptive_prompts", "adaptive_first", "precision_seeds", "wanted_reliability"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"07_speed-{model}")
 nets = {d: lm.load(model, revision=revision or None, dtype=d, device=device) for d in speed_dtypes}

@@ -34,7 +34,7 @@
 # %% tags=["parameters"]
 model: str = "tiny-llama"  # packaged or small model, local folder, or hub id
 revision: str = ""  # of a hub id
-dtype: str = "float32"  # float32, bfloat16, float16
+dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 ways: dict = {"fasp": [0.1], "neurons": [0.05], "neuron slopes": [0.02]}  # shares to try
 tune_epochs: int = 3  # fine-tuning, on all texts
@@ -74,6 +74,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+dtype = lm.number_format(dtype, device)
 config = {name: globals()[name] for name in ["model", "revision", "dtype", "ways", "tune_epochs", "tune_rates", "tune_batch", "tune_seeds", "yard_draws", "corpus_name", "score_tokens", "test_tokens", "window", "most_damage", "n_boot"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"08_one_yardstick-{model}")
 net = lm.load(model, revision=revision or None, dtype=dtype, device=device)

@@ -48,7 +48,7 @@ class_epochs: int = 3  # paper's protocol: 10
 class_rate: float = 2e-3  # learning rate (protocol: 5e-5)
 class_batch: int = 32  # texts per step (protocol: 64)
 class_length: int = 48  # longest text in tokens (protocol: 128)
-class_bf16: bool = False  # mixed precision
+class_bf16: bool = False  # mixed precision, where the device computes in bfloat16
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
@@ -59,7 +59,7 @@ import pandas as pd
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import classify, figures, mitigation, progress, record, toxicity
+from biasprune import classify, figures, lm, mitigation, progress, record, toxicity
 
 warnings.filterwarnings("ignore", message=".*IProgress.*")
 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -71,6 +71,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
+class_bf16 = class_bf16 and lm.has_bfloat16()
 config = {name: globals()[name] for name in ["classifier", "comments", "comments_train", "comments_dev", "comments_test", "comments_least", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16"]}  # fmt: skip
 folder = Path(out) if out else Path("runs") / record.slug(f"09_toxic_comments-{classifier}")
 sizes = {"train": comments_train, "dev": comments_dev, "test": comments_test, "least": comments_least}

@@ -135,9 +135,10 @@ def test_verdicts():
             "pruned": 3,
             "change": [-40.0, -50.0, -60.0, 1.0, -14.0, 30.0, -10.0, -12.0],
             "change_high": [-10.0, 5.0, -20.0, 20.0, 0.0, 40.0, 0.0, 0.0],
-            "ppl_ratio": [1.1, 1.2, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+            "ppl_ratio": [1.1, 1.2, 3.0, 1.0, 1.0, 1.0, 1.0, 1.24],
         }
     )
+    table["ppl_ratio_low"], table["ppl_ratio_high"] = table["ppl_ratio"] - 0.02, table["ppl_ratio"] + 0.02
     drawn = {(r.method, 0.0, r.alpha): rng.normal(r.change, 4, 2000) for r in table.itertuples()}
     out = experiment.verdicts(table, drawn, 1.25).set_index("method")
     assert out.loc["good", "mean_change"] == -45 and out.loc["good", "reduced_at"] == 0.5
@@ -151,22 +152,25 @@ def test_verdicts():
         "worse": "raises bias",
         "random": "reduces bias",
     }
-    assert out["within_limit"].to_dict() == {m: m != "costly" for m in out.index}
+    assert out["within_limit"].to_dict() == {m: m not in ("costly", "random") for m in out.index}
+    assert out["beyond_limit"].to_dict() == {m: m == "costly" for m in out.index}  # random: can't be told
 
 
 def test_conclusions():
-    def table(against=(-5, 30), change=(-40, -20), **effects):
+    yes, no = ("reduces bias", True), ("no more than random", True)
+
+    def table(against=(-5, 30), change=(-40, -20), beyond=True, **effects):
         (low, high), (against_low, against_high) = change, against
         ends = {"low": low, "high": high, "against_low": against_low, "against_high": against_high}
         ends["worst_ppl_ratio"] = 1.255
         return pd.DataFrame(
             [
                 {"method": m.replace("_", " "), "effect": e, "within_limit": w, "against_random": 0, **ends}
-                for m, (e, w) in effects.items()
+                | {"beyond_limit": beyond and not w}
+                for m, (e, w) in ({"random": no} | effects).items()
             ]
         )
 
-    yes, no = ("reduces bias", True), ("no more than random", True)
     costly, idle = ("reduces bias", False), ("no clear change", True)
     assert experiment.conclude(table(FASP=yes, random=no), 0.01)[0] == "reproduced"
     assert experiment.conclude(table(FASP=yes, bias_only=("reduces bias", False)), 0.01)[0] == "reproduced"
@@ -180,8 +184,25 @@ def test_conclusions():
     assert experiment.conclude(table(FASP=idle, against=(-30, 5), change=(-25, 5)), 0.01)[0] == "undecided"
     verdict, reason = experiment.conclude(table(FASP=costly), 0.01)
     assert verdict == "not reproduced" and "perplexity × 1.255 at most" in reason
+    wide = (-40, 5)  # holds a clear effect and none: then perplexity alone can decide
+    for beyond, expected in ((True, "not reproduced"), (False, "undecided")):
+        assert experiment.conclude(table(FASP=costly, against=wide, beyond=beyond), 0.01)[0] == expected
     verdict, reason = experiment.conclude(table(FASP=yes, random=no), 0.12)
     assert verdict == "undecided" and "p = 0.12" in reason
+
+
+def test_interval_of_the_perplexity_ratio(evaluated):
+    """Oracle: the standard error of a weighted mean of paired differences between windows."""
+    texts, losses, windows = evaluated
+    table, _ = experiment.compare(SETS, texts, losses, PROMPTS, windows, n_boot=4000)
+    wide = losses.pivot(index="window", columns="heads", values="nll")
+    row = table[(table["method"] == "FASP") & (table["alpha"] == 0.2)].iloc[0]
+    each, weight = (wide["1 6"] - wide[""]).to_numpy(), windows.counts / windows.counts.sum()
+    error = np.sqrt((weight**2 * (each - weight @ each) ** 2).sum())
+    assert np.log(row["ppl_ratio"]) == pytest.approx(weight @ each)
+    reach = np.log(row["ppl_ratio_high"] / row["ppl_ratio_low"]) / 2
+    assert reach == pytest.approx(1.96 * error, rel=0.15)
+    assert row["ppl_ratio_low"] < row["ppl_ratio"] < row["ppl_ratio_high"]
 
 
 def test_floor_is_that_of_shuffled_labels(evaluated):
