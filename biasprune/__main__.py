@@ -65,7 +65,7 @@ def _claims(table: pd.DataFrame) -> str:
 
     def found(row: pd.Series) -> str:
         run = ", ".join(x for x in (row["parameters"], str(row["case"])) if x)
-        ends = f" ({row['low']:.3g} – {row['high']:.3g})" if pd.notna(row["low"]) else ""
+        ends = f" ({row['low']:.3g} to {row['high']:.3g})" if pd.notna(row["low"]) else ""
         number = f" {row['ours']:.3g}{ends}" if pd.notna(row["ours"]) else ""
         return f"**{row['verdict']}**{number}" + (f", {run}" if run else "")
 

@@ -3,7 +3,7 @@
 ``data/claims.csv`` has a row per claim and says where in a run record our figure stands; the figures and
 verdicts themselves are read from the records below reports/ and never typed. Its columns, all text:
 
-    id, paper, claim     the claim in our words; "Implied: …" where a paper rests on it without saying so
+    id, paper, claim     the claim in our words; paper "… (implied)": the paper rests on it without saying so
     published            the published figure and its place
     notebook             whose run records tell
     table, row           table of the record, and a pandas query for its row; "" takes the table's only row,
@@ -117,7 +117,7 @@ def build(reports: Path, known: pd.DataFrame | None = None) -> pd.DataFrame:
         ``COLUMNS``: those of the claim; case (what tells rows of one run apart); ours, low, high (NaN for
         none); verdict (one of ``VERDICTS``) and why; model, about (axis or groups), parameters (the run's
         parameter file), notebook, commit; minutes of computation; command to run it again. A claim without a
-        run has one row, "not run here" with the reason.
+        verdict from any run has a row "not run here" with the reason.
 
     Raises
     ------
@@ -131,7 +131,8 @@ def build(reports: Path, known: pd.DataFrame | None = None) -> pd.DataFrame:
         own = [(folder, facts) for folder, facts in done.items() if _speaks(claim, facts, apart)]
         found = [row for folder, facts in own for row in _of_run(claim, folder, facts)]
         command = command_of(claim["params"], claim["notebook"]) if claim["params"] else ""
-        rows += found or [_row(claim, command=command, verdict=NOT_RUN, why=claim["not_run"])]
+        told = [row for row in found if row["verdict"] != NOT_RUN]
+        rows += told or found or [_row(claim, command=command, verdict=NOT_RUN, why=claim["not_run"])]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

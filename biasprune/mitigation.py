@@ -409,6 +409,8 @@ def judged(
     add(other, one["slope"], ends, flat and steep, moves, most, why)
     own = cells[cells["data"].isin(["none", "co-occurrence"])]
     each = _slopes_by_seed(own, "pretrained", value) - _slopes_by_seed(own, "randomized", value)
+    begin = cells[cells["data"] == "none"].groupby("upstream")[[value, "accuracy"]].mean()
+    starts = {u: f"{r[value]:.3f} (accuracy {r['accuracy']:.2f})" for u, r in begin.iterrows()}
     low, high, sd = _interval(each)
     add(
         last,
@@ -417,7 +419,8 @@ def judged(
         low > 0 or high < 0,
         low > -bound and high < bound and low < 0 < high,
         seeds_needed(each.mean(), sd),
-        f"slope of {value} on λ, pre-trained − randomized",
+        f"slope of {value} on λ, pre-trained − randomized; they start from {starts['pretrained']} and "
+        f"{starts['randomized']}",
     )
     return pd.DataFrame(rows, columns=_VERDICT)
 

@@ -477,6 +477,12 @@ def verdicts(
             f"{top['removed_high']:.2f}), {top['against_random']:.2f} more than random; of all methods these "
             f"work: {'; '.join(works['method']) or 'none'}"
         )
+        if top["method"] in anomalies.index:
+            told = anomalies.loc[top["method"]]
+            row["why"] += (
+                f"; perplexity × {top['ppl_ratio']:.2f}, of its sampled answers {told['inliers']:.2f} within "
+                f"the unpruned range, {told['unparsable']:.2f} unparsable"
+            )
         if there and top["method"] in set(works["method"]):
             row["verdict"] = "reproduced"
         elif there and top["removed_high"] < start["directed"] / 2:

@@ -61,7 +61,7 @@ pd.DataFrame([
 # ## 1 The ledger
 # One row per claim and run; *case* tells rows of one run apart. *ours*: the figure that `what` in table `ledger` names, with its interval in brackets. "undecided": the interval holds
 # both answers, or there was nothing to judge, as where the unpruned model shows no bias. "reproduced" of one of the companion's own claims means that the run shows it. Claims that begin with
-# "Implied" are what a paper rests on without saying so. Small models that this project trained tell only about its own claims.
+# "Implied" claims are what a paper rests on without saying so. Small models that this project trained tell only about its own claims.
 
 # %%
 table = run.frame("ledger", lambda: ledger.build(source, known))

@@ -371,13 +371,13 @@ run.finish(
     tables={
         "ways_to_ask": "Does the model answer with numbers? Ways to ask",
         "overview": "Mean SMD over the questions of this context, all names (directed: with its sign; floor: mean |SMD| of shuffled labels)",
-        "beside": "SMD removed within the perplexity limit, names to judge by, and how much more than the controls remove (95 %)",
+        "beside": f"SMD removed at the chosen thresholds, names to judge by, and how much more than the controls remove (95 %); with a ppl_ratio above {damage:g} it isn't judged",
         "anomalies": "Sampled answers after pruning",
         "verdicts": "Claims",
     },
     figures={
         "gap_against_damage": "SMD removed against perplexity, per method",
-        "beside_controls": "SMD removed within the perplexity limit, beside the controls",
+        "beside_controls": "SMD removed at the chosen thresholds, beside the controls",
     },
 )
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

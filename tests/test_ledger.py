@@ -188,6 +188,9 @@ def test_what_may_be_absent(tmp_path):
     for where in ({"table": "gone"}, {"table": "empty"}, {"row": "claim.str.startswith('C9')"}):
         row = ledger.build(tmp_path, claim(**where, if_absent="not at hand")).iloc[0]
         assert (row["verdict"], row["why"], row["parameters"]) == ("not run here", "not at hand", "one")
+    add_run(tmp_path, "two", "05_x", {"verdicts": [{**PLAIN[0], "claim": "C9: more"}]})
+    nine = claim(row="claim.str.startswith('C9')", if_absent="not at hand")
+    assert ledger.build(tmp_path, nine)["parameters"].tolist() == ["two"], "a run that wasn't asked is no gap"
     with pytest.raises(ledger.LedgerError, match="doesn't fit the columns"):  # a changed table stays an error
         ledger.build(tmp_path, claim(row="method == 'FASP'", if_absent="not at hand"))
 
@@ -225,7 +228,14 @@ def test_written_whole(tmp_path):
 
 def test_claims_name_what_there_is():
     known = ledger.claims()
-    papers = {"FASP", "Breaking Down Bias", "Downstream mitigation", "Steed et al. 2022", "biasprune"}
+    papers = {
+        "FASP",
+        "FASP (implied)",
+        "Breaking Down Bias",
+        "Downstream mitigation",
+        "Steed et al. 2022",
+        "biasprune",
+    }
     assert papers == set(known["paper"])
     notebooks = {p.stem for p in (ROOT / "notebooks").glob("[0-9]*.py")}
     assert set(known["notebook"]) <= notebooks
@@ -263,7 +273,9 @@ def test_no_verdict_of_a_run_is_left_out():
         told = [i for row in own["row"] for i in table.query(row, engine="python").index]
         left = table[~table.index.isin(told)]
         if len(left):  # but where a run could measure nothing, or by a rule that is no more
-            left = left[left["ours"].notna() & ~left["why"].str.contains("the worst has")]
+            left = left[
+                left["ours"].notna() & ~left["why"].str.contains("the worst has|neuron slopes .* plain")
+            ]
         assert left.empty, f"{folder}: {left['claim'].tolist()}"
 
 
