@@ -28,7 +28,7 @@
 #
 # **Cost.** With the defaults (a small model with a planted truth): half a minute on two CPU cores, 1 GB.
 # `params/smollm2.yaml`, the default of `make reproduce`:
-# about 10 minutes on one core, 3 GB; exactly: the table of runs in `reports/`.
+# about 10 minutes on one core with AMX (several times as long without), 3 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups, and models continue them in offensive ways. Texts are shown
 # > only if asked for (`show_texts`, section 6).

@@ -27,7 +27,7 @@
 # swapped, the labels shuffled.
 #
 # **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 12 minutes on one core, 5 GB; exactly: the table of runs in `reports/`.
+# about 12 minutes on one core with AMX (several times as long without), 5 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** First names stand for groups of people here, as in the studies they come from, and model answers about them differ.
 

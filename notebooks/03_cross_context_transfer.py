@@ -25,7 +25,7 @@
 # common. The last gives a matrix, context by context, for heads, neurons and weights. Controls of the same size stand beside each.
 #
 # **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 10 minutes on one core, 4 GB; exactly: the table of runs in `reports/`.
+# about 10 minutes on one core with AMX (several times as long without), 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** First names stand for groups of people here, as in the studies they come from, and model answers about them differ.
 

@@ -26,7 +26,7 @@
 # judged on all, beside random heads of the same number.
 #
 # **Cost.** With the defaults (a small model with three planted biases): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 8 minutes on one core, 4 GB; exactly: the table of runs in `reports/`.
+# about 8 minutes on one core with AMX (several times as long without), 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups, and models continue them in offensive ways. No continuation is shown here.
 

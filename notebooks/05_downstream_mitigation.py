@@ -25,7 +25,7 @@
 # occupation, accuracy stands beside it, and every effect is paired by seed with the plain pre-trained model.
 #
 # **Cost.** With the defaults (a tiny model, generated biographies): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 9 minutes on one core, on BOLD's sentences, 2 GB; exactly: the table of runs in `reports/`.
+# about 9 minutes on one core with AMX (several times as long without), on BOLD's sentences, 2 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Texts are about people's occupations and gender. First names and pronouns stand for groups of people, women and men only, as in the studies they come from.
 

@@ -24,7 +24,7 @@
 # (4) Is the effect of several heads the sum of theirs? (5) Does scoring anew after each removal help? At the end a short guide.
 #
 # **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 11 minutes on one core, 4 GB; exactly: the table of runs in `reports/`.
+# about 11 minutes on one core with AMX (several times as long without), 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups, and models continue them in offensive ways. No continuation is shown here.
 

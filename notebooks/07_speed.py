@@ -23,7 +23,7 @@
 # missed where it is. Section 7 asks whether the same heads would come out again, with coupled and with independent noise.
 #
 # **Cost.** With the defaults (a tiny model): under a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 10 minutes on two cores, 4 GB; exactly: the table of runs in `reports/`.
+# about 10 minutes on two cores with AMX (several times as long without), 4 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Prompts name social groups. No text is shown here.
 

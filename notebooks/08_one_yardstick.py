@@ -27,7 +27,7 @@
 # than the model's parts? (The third paper says so of classifiers; here the language model itself learns from balanced texts.)
 #
 # **Cost.** With the defaults (a tiny model): about a minute on two CPU cores, 1 GB. Fine-tuning takes 16 bytes of memory per weight. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 13 minutes on one core, 5 GB; exactly: the table of runs in `reports/`.
+# about 13 minutes on one core with AMX (several times as long without), 5 GB; exactly: the table of runs in `reports/`.
 #
 # > **Content warning.** Sentences are about occupations and gender, women and men only, as in the studies they come from.
 
