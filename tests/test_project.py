@@ -192,7 +192,7 @@ def test_the_report_without_a_ledger(tmp_path, capsys, monkeypatch):
     rows = runner._claims(made.assign(claim="|c|")).splitlines()
     assert rows[0] == "| claim | published | here | in |"
     assert rows[2] == "| 1: \\|c\\| | p | **undecided** 0.5<br>**reproduced**, x | w |"
-    assert rows[3] == "| 2: \\|c\\| | p | **not run here** 0.123 (0.1 – 2) |  |"
+    assert rows[3] == "| 2: \\|c\\| | p | **not run here** 0.123 (0.1 to 2) |  |"
 
 
 def test_no_download_and_no_torch_setting_at_import():
