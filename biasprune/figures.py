@@ -40,10 +40,20 @@ def head_scores(scores: pd.DataFrame, n: int = 5) -> Figure:
         fmt="o",
         markersize=3.5,
         elinewidth=0.4,
-        alpha=0.4,
+        ecolor="lightgrey",
+        alpha=0.6,
     )
-    for row in scores.nlargest(n, "z_bias").itertuples():
-        axis.annotate(f"{row.layer}.{row.head}", (row.z_ppl, row.z_bias), fontsize=9, fontweight="bold")
+    named = scores.nlargest(n, "z_bias").sort_values("z_ppl")
+    for i, row in enumerate(named.itertuples()):  # along the top, since they often lie close together
+        axis.annotate(
+            f"{row.layer}.{row.head}",
+            (row.z_ppl, row.z_bias),
+            xytext=((i + 1) / (n + 1), 0.95),
+            textcoords="axes fraction",
+            fontsize=9,
+            fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},
+        )
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(0, color="black", lw=0.8)
     typical = max(float(scores["z_ppl"].abs().median()), 1e-6)
@@ -363,11 +373,14 @@ def removed_by_level(table: pd.DataFrame, levels: Sequence[str]) -> Figure:
 
 
 def transfer_matrix(table: pd.DataFrame) -> Figure:
-    """SMD removed: selected for the row's context, judged in the column's; one panel per method."""
+    """SMD removed: selected for the row's context, judged in the column's; one panel per method.
+
+    The scale reaches .1 at least: what is smaller is noise, and stays pale.
+    """
     own = table[table["label"] == "own"]
     methods, contexts = list(own["method"].unique()), list(own["selected_for"].unique())
     random = table[table["label"].str.startswith("random")]
-    limit = max(0.01, own["removed"].abs().max())
+    limit = max(0.1, own["removed"].abs().max())
     columns = min(2, len(methods))
     lines = -(-len(methods) // columns)
     side = 0.95 * len(contexts) + 1.2
@@ -383,7 +396,8 @@ def transfer_matrix(table: pd.DataFrame) -> Figure:
             x, y = contexts.index(r.judged_in) + 0.5, contexts.index(r.selected_for) + 0.5
             dark = abs(r.removed) > 0.6 * limit
             weight = "bold" if r.removed_low > 0 else "normal"
-            text = f"{r.removed:.2f}\n({chance.get((r.selected_for, r.judged_in), np.nan):.2f})"
+            by_chance = chance.get((r.selected_for, r.judged_in), np.nan)
+            text = f"{round(r.removed, 2) + 0:.2f}\n({round(by_chance, 2) + 0:.2f})"  # + 0: no "-0.00"
             axis.text(
                 x,
                 y,
@@ -399,6 +413,7 @@ def transfer_matrix(table: pd.DataFrame) -> Figure:
         axis.set_ylabel("selected for")
     for axis in list(axes.flat)[len(methods) :]:
         axis.axis("off")
+    figure.suptitle("In brackets: as many parts at random. Bold: 95 % interval above 0", fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -636,10 +651,10 @@ def additive(table: pd.DataFrame) -> Figure:
 def verdicts(table: pd.DataFrame, order: Sequence[str]) -> Figure:
     """Number of verdicts in the ledger of claims (``ledger.build``): a panel per paper, a bar per run.
 
-    Verdicts stack in the given order. Claims without any run share the last bar.
+    Verdicts stack in the given order. Claims without any run share the last bar. Every panel has a scale of
+    its own.
     """
-    looks = [("black", ""), ("dimgrey", "//"), ("white", "xx"), ("lightgrey", ""), ("white", "..")]
-    style = dict(zip(order, looks, strict=True))
+    fills = dict(zip(order, ["#003f72", "#56b4e9", "#d55e00", "lightgrey", "white"], strict=True))
     run = table["parameters"].where(table["parameters"] != "", "no run")
     counts = table.groupby(["paper", run, "verdict"], sort=False).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(order), fill_value=0)
@@ -657,17 +672,16 @@ def verdicts(table: pd.DataFrame, order: Sequence[str]) -> Figure:
         own = counts.loc[paper]
         left = np.zeros(len(own))
         for verdict in order:
-            colour, hatch = style[verdict]
             n = own[verdict].to_numpy()
-            bars = axis.barh(
-                own.index, n, left=left, color=colour, hatch=hatch, edgecolor="black", label=verdict
-            )
-            box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"}
-            axis.bar_label(bars, [str(x) if x else "" for x in n], label_type="center", fontsize=8, bbox=box)
+            bars = axis.barh(own.index, n, left=left, color=fills[verdict], edgecolor="black", label=verdict)
+            ink = "white" if verdict == order[0] else "black"
+            said = [str(x) if x else "" for x in n]
+            axis.bar_label(bars, said, label_type="center", fontsize=8, color=ink)
             left += n
         axis.set_title(paper, fontsize=10, loc="left")
         axis.invert_yaxis()
-        axis.set_xlim(0, counts.sum(axis=1).max() * 1.02)
+        axis.set_xlim(0, own.sum(axis=1).max() * 1.02)
+        axis.locator_params(axis="x", integer=True)
         axis.grid(visible=False, axis="y")
     axes[-1, 0].set_xlabel("claims × cases, by parameter file of the run")
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -712,7 +726,7 @@ def interventions(
         left.axvline(value.iloc[0], color="black", lw=0.8, ls=":")
         left.axvline(0, color="black", lw=0.8)
         left.set_yticks(y, own["setting"])
-        left.set_title(f"{name} (dotted: plain model)", fontsize=10)
+        left.set_title(f"{name} (dotted: plain model; bars without it differ from it)", fontsize=10)
         left.set_xlabel(f"{bias}, less sampling variance (95 % of the effect, over seeds)")
         left.locator_params(axis="x", nbins=6)
         right.plot(own["accuracy"], y, "s", color="black", ms=6)
@@ -727,20 +741,26 @@ def interventions(
 
 def bias_against_strength(
     cells: pd.DataFrame, slight: float, bias: str = "squared gap, mean over classes"
-) -> Figure:
-    """Bias (column excess; what it is) against λ, a line per intervention on the model, seeds as points."""
+) -> Figure | None:
+    """Bias (column excess; what it is) against λ, a line per intervention on the model, seeds as thin ones.
+
+    None where no model has two levels of λ.
+    """
     own = cells[cells["data"].isin(["none", "co-occurrence"])]
     own = own.groupby("upstream", sort=False).filter(lambda g: g["strength"].nunique() > 1)
-    panels = list(own.groupby("data_name", sort=False)) or [("no model has two levels of λ", own.iloc[:0])]
+    panels = list(own.groupby("data_name", sort=False))
+    if not panels:
+        return None
     figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4.2))
     for axis, (name, part) in zip(axes[0], panels, strict=True):
         for i, (upstream, some) in enumerate(part.groupby("upstream", sort=False)):
             mean = some.groupby("strength")["excess"].mean()
             axis.plot(mean.index, mean, MARKERS[i] + "-", ms=7, label=upstream)
-            axis.plot(some["strength"], some["excess"], MARKERS[i], ms=4, mfc="none", color=f"C{i}")
+            for _, one in some.sort_values("strength").groupby("seed"):
+                axis.plot(one["strength"], one["excess"], color=f"C{i}", lw=0.7, alpha=0.5)
         axis.axhline(0, color="black", lw=0.8)
         axis.axvspan(0, slight, color="grey", alpha=0.15, lw=0)
-        axis.set_title(name, fontsize=10)
+        axis.set_title(f"{name} (thin: each of {part['seed'].nunique()} seeds)", fontsize=10)
         axis.set_xlabel("λ: 0 as observed, 1 equal shares\n(grey: slight)")
     axes[0, 0].set_ylabel(f"{bias},\nless sampling variance")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))

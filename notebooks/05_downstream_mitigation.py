@@ -182,7 +182,8 @@ figures.save(figure, folder / "figures", "interventions")
 # %%
 slope = run.frame("slopes", lambda: pd.concat([mitigation.slopes(own, most=slight).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
 figure = figures.bias_against_strength(cells, slight)
-figures.save(figure, folder / "figures", "co_occurrence")
+if figure:
+    figures.save(figure, folder / "figures", "co_occurrence")
 slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
 
 
@@ -254,7 +255,7 @@ run.finish(
     },
     figures={
         "interventions": "Change of bias and accuracy by intervention",
-        "co_occurrence": "Bias against how far shares are moved towards one half",
+        **({"co_occurrence": "Bias against how far shares are moved towards one half"} if figure else {}),
     },
 )
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -193,7 +193,8 @@ figures.save(figure, folder / "figures", "interventions")
 # %%
 slope = run.frame("slopes", lambda: pd.concat([mitigation.slopes(t, most=slight).assign(data_name=t["data_name"].iloc[0]) for t in (cells, phrases)]))  # fmt: skip
 figure = figures.bias_against_strength(pd.concat([cells, phrases]).replace({"data_name": titled}), slight, "squared difference, mean over groups")  # fmt: skip
-figures.save(figure, folder / "figures", "co_occurrence")
+if figure:
+    figures.save(figure, folder / "figures", "co_occurrence")
 slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
 
 # %% [markdown]
@@ -248,7 +249,11 @@ run.finish(
     },
     figures={
         "interventions": "Change of bias and accuracy by intervention",
-        "co_occurrence": "Bias against how far shares of toxic comments are moved towards that of all",
+        **(
+            {"co_occurrence": "Bias against how far shares of toxic comments are moved towards that of all"}
+            if figure
+            else {}
+        ),
     },
 )
 sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
