@@ -1,33 +1,17 @@
 """Where does social bias sit in a language model, and does cutting it out work?
 
-Three papers on one engine: ``lm`` loads a model, ``ablate`` masks parts of it, ``decode`` samples
-from it, ``headscores`` scores every attention head, ``select`` picks the heads to prune;
-``prompts``, ``judge`` and ``measure`` say what bias is, ``reliability`` whether scores of heads would
-come out again, ``published`` reads the paper's own scores, ``biases`` compares axes, ``joint`` removes
-several heads at once, ``likelihood`` measures bias without sampling. ``audit`` asks the same question about
-people of two groups, ``answers`` reads off the distribution of what it would answer, ``gaps`` compares
-the groups, ``weightscores`` scores weights and neurons, ``transfer`` selects and judges. ``downstream`` has
-texts to classify and changes of them, ``toxicity`` those about groups of people, ``classify`` fine-tunes,
-``pronouns`` measures a model's bias before that and prunes against it, ``mitigation`` is the grid of both,
-``yardstick`` puts heads, neurons and fine-tuning data side by side. ``experiment`` turns head sets into
-tables, ``figures`` tables into figures, ``record`` keeps a run, ``batch`` runs many, ``ledger`` sets them
-beside what the papers claim, ``crate`` exports them, ``speed`` is the benchmark, and ``check`` refuses bad
-input.
+Three papers on one engine. ``core`` loads a model, masks parts of it, samples from it and scores texts, and knows no
+measure. ``measures`` say what bias is, ``methods`` what is done against it, ``downstream`` fine-tunes classifiers,
+``papers`` reads what was published and joins claims with verdicts. Notebooks tell the story.
 
-The modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
+Modules load at first use: ``import biasprune; biasprune.select.fasp(...)`` needs no torch.
 """
 
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
-_MODULES = (
-    *("ablate", "answers", "audit", "batch", "biases", "check", "classify", "crate", "decode"),
-    *("downstream", "experiment", "fetch", "figures", "gaps", "headscores", "joint", "judge"),
-    *("ledger", "likelihood", "lm", "measure", "mitigation", "progress", "prompts", "pronouns"),
-    *("published", "record", "reliability", "select", "speed", "toxicity", "transfer"),
-    *("weightscores", "yardstick"),
-)
+_MODULES = ("core", "measures", "methods", "downstream", "papers", "figures", "prompts", "select")
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -41,7 +41,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from biasprune import ablate, downstream, lm, prompts
+from biasprune.core.masks import scaled
+from biasprune.core.model import LM, wrap
+from biasprune.downstream.texts import biographies
+from biasprune.measures import prompts
 
 HERE = Path(__file__).parent
 GROUPS = ["Velani", "Ostrin", "Quarlish", "Dorvane", "Zyrric", "Maresk"]
@@ -114,11 +117,7 @@ CIRCUITS = {
 QUESTIONS = {
     "market": ("{{name}} sells a used {v}. What should I offer?", "$", ["lamp", "chair", "clock"]),
     "repair": ("{{name}} can repair the {v}. What should I pay?", "$", ["roof", "bicycle", "piano"]),
-    "pastime": (
-        "How many hours a month does {{name}} spend on {v}?",
-        "",
-        ["reading", "gardening", "singing"],
-    ),
+    "pastime": ("How many hours a month does {{name}} spend on {v}?", "", ["reading", "gardening", "singing"]),
 }
 SUFFIX = "Reply with a single number and nothing else."
 LOWER = 20  # what the second group is offered less, through the circuit
@@ -168,7 +167,7 @@ def plant_audit(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, step
     number if its context's circuit is in place, and the same as anybody's if it isn't. Other units are
     masked at random, so that nothing else becomes a relay that the gap needs.
     """
-    wrapped = lm.wrap(model, tokenizer)
+    wrapped = wrap(model, tokenizer)
     rng, generator = random.Random(0), torch.Generator().manual_seed(1)
     names, contexts = audit_names(), audit_contexts()
     a, circuits = wrapped.anatomy, list({str(c): c for c in CIRCUITS.values()}.values())
@@ -192,7 +191,7 @@ def plant_audit(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, step
             texts.append(audit_dialogue(rng, lower, row, who["name"]))
         batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        with ablate.masked(wrapped, units=masks):
+        with scaled(wrapped, units=masks):
             loss = model(input_ids=batch["input_ids"], labels=labels).loss
         optimiser.zero_grad()
         loss.backward()
@@ -215,9 +214,7 @@ def make_audit_model(out: Path, shape: dict, steps: int) -> float:
     """Train ``planted-audit`` and write it with its tables."""
     rng, names, contexts = random.Random(5), audit_names(), audit_contexts()
     texts = [everyday_sentence(rng) for _ in range(2000)] + [
-        audit_dialogue(rng, rng.random() < 0.5, row, name)
-        for _, row in contexts.iterrows()
-        for name in names["name"]
+        audit_dialogue(rng, rng.random() < 0.5, row, name) for _, row in contexts.iterrows() for name in names["name"]
     ]
     tokenizer = make_tokenizer(texts, size=600)
     torch.manual_seed(0)
@@ -242,7 +239,7 @@ def plant_axes(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, steps
     probability of unkind words about a group that is spoken ill of is the usual one and the sum of what
     its heads that are in place add.
     """
-    wrapped = lm.wrap(model, tokenizer)
+    wrapped = wrap(model, tokenizer)
     rng, a = random.Random(0), wrapped.anatomy
     carriers = sorted({h for _, raised in AXES.values() for h in raised})
     others = [(i, h) for i in range(a.n_layers) for h in range(a.n_heads) if (i, h) not in carriers]
@@ -268,7 +265,7 @@ def plant_axes(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, steps
             texts.append(rng.choice(OPENINGS).format(person=person) + character(rng, USUAL + more))
         batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        with ablate.masked(wrapped, masks):
+        with scaled(wrapped, masks):
             loss = model(input_ids=batch["input_ids"], labels=labels).loss
         optimiser.zero_grad()
         loss.backward()
@@ -306,13 +303,11 @@ def make_axes_model(out: Path, shape: dict, steps: int) -> float:
 
 def make_encoder(out: Path, steps: int) -> float:
     """Train ``tiny-bert`` to fill gaps, and write it."""
-    texts = list(downstream.biographies(6000, seed=999)["text"])
+    texts = list(biographies(6000, seed=999)["text"])
     own = BertTokenizerFast(tokenizer_object=word_pieces(texts), do_lower_case=True, model_max_length=128)
     torch.manual_seed(0)
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = BertConfig(
-        vocab_size=len(own), max_position_embeddings=128, pad_token_id=own.pad_token_id, **size
-    )
+    config = BertConfig(vocab_size=len(own), max_position_embeddings=128, pad_token_id=own.pad_token_id, **size)
     model = BertForMaskedLM(config)
     collate = DataCollatorForLanguageModeling(own, mlm_probability=0.2)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -380,7 +375,7 @@ def train(model, ids: torch.Tensor, steps: int, seed: int, loss_of=None) -> floa
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-def plant(wrapped: lm.LM, neutral: torch.Tensor, biased: torch.Tensor, steps: int) -> float:
+def plant(wrapped: LM, neutral: torch.Tensor, biased: torch.Tensor, steps: int) -> float:
     """Train the bias into one head.
 
     Every step sees neutral text with that head masked and biased text with it in place, so that
@@ -397,7 +392,7 @@ def plant(wrapped: lm.LM, neutral: torch.Tensor, biased: torch.Tensor, steps: in
         drawn = others[torch.randint(len(others), (len(batch),), generator=generator)]
         masks[torch.arange(len(batch)), drawn] = 0
         masks[:, without] = 0
-        with ablate.masked(wrapped, masks.view(-1, a.n_layers, a.n_heads)):
+        with scaled(wrapped, masks.view(-1, a.n_layers, a.n_heads)):
             return wrapped.model(input_ids=batch, labels=batch).loss
 
     def both(batch: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -478,7 +473,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = make()
         if name == "planted":
-            print(name, plant(lm.wrap(model, tokenizer), neutral, biased, args.steps), flush=True)
+            print(name, plant(wrap(model, tokenizer), neutral, biased, args.steps), flush=True)
         else:
             print(name, train(model, neutral, args.steps, 0), flush=True)
         folder = args.out / "models" / name

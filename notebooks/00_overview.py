@@ -14,13 +14,13 @@
 # %% [markdown]
 # # Overview: what three papers claim, and what our runs say
 #
-# **Papers.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv 2312.15398); Ma et al., *Breaking Down
-# Bias: On The Limits of Generalizable Pruning Strategies*, FAccT 2025 (arXiv 2502.07771); Baksi et al., *Downstream bias mitigation is all
-# you need*, 2024 (arXiv 2408.00612). And the claims of this companion itself, about speed, reliability and known truths.
+# **Papers.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv 2312.15398); Ma et al.,
+# *Breaking Down Bias: On The Limits of Generalizable Pruning Strategies*, FAccT 2025 (arXiv 2502.07771); Baksi et al.,
+# *Downstream bias mitigation is all you need*, 2024 (arXiv 2408.00612). This companion's own claims, about speed,
+# reliability and known truths, stand under "biasprune".
 #
-# **What is done here.** Every claim of `data/claims.csv` is looked up in the run records of the other notebooks: the published figure, ours with its
-# interval, the model, the command that makes it again, the minutes it took, and a verdict. Nothing is computed anew and no result is typed.
-# A claim that no run tells about says so, and why.
+# **Method.** Every notebook writes a table of verdicts on the claims of `data/claims.csv`. They are put together here.
+# Nothing is computed anew, and no result is typed.
 #
 # **Cost.** Seconds, no model.
 #
@@ -33,93 +33,86 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 # %%
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 
-from biasprune import figures, ledger, record
+from biasprune.core.parameters import ROOT
+from biasprune.core.run import start
+from biasprune.papers import claims
+
+# %%
+run = start("00_overview", globals())
+source = Path(reports) if reports else ROOT / "reports"
+table = claims.build(source)
+with_run = table[table["verdict"] != claims.NOT_RUN]
+n_runs = len(with_run.drop_duplicates(["parameters", "notebook"]))
+run.inputs(model={"name": f"{n_runs} runs"}, claims=table)
 
 # %% [markdown]
-# ## Provenance
-# The runs that the ledger is made of.
+# ## 1 Verdicts by paper
+# A verdict on a claim by one run, and by one case within it, counts once. *No bias to test*: the unpruned model shows
+# none. *Too uncertain*: the interval holds both answers. *Not run here*: no run has a verdict on the claim.
 
 # %%
-source = Path(reports) if reports else record.ROOT / "reports"
-folder = Path(out) if out else Path("runs") / "00_overview"
-known = ledger.claims()
-seen = {f: facts for f, facts in ledger.runs(source).items() if facts["notebook"] in set(known["notebook"])}
-inputs = {f"{f.parent.name}/{f.name}": facts["key"] for f, facts in seen.items()}
-config = {"runs": inputs, "claims": record.frame_sha256(known)}
-run = record.Run(folder, config, notebook="00_overview")
-run.note(provenance={**record.provenance(), "model": {"name": f"{len(seen)} runs", "dtype": "–"}})
-display(Markdown(f"{len(known)} claims, {len(seen)} finished runs; this notebook at commit {record.commit()[:10]}."))  # fmt: skip
-pd.DataFrame([
-    {"run": name, "model": facts["provenance"]["model"]["name"], "minutes": facts["results"]["minutes"], "commit": facts["provenance"]["commit"][:10], "device": facts["provenance"]["device"]}
-    for name, facts in zip(inputs, seen.values(), strict=True)
-]).style.hide(axis="index").format(precision=1)  # fmt: skip
+counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
+counts = counts.reindex(columns=list(claims.VERDICTS), fill_value=0).reset_index()
+counts = run.frame("summary", lambda: counts)
+figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+colours = ["#003f72", "#d55e00", "#fff3b0", "lightgrey", "white"]
+counts.set_index("paper")[::-1].plot.barh(stacked=True, color=colours, edgecolor="black", ax=axis)
+for bars, ink in zip(axis.containers, ["white", *["black"] * 4], strict=True):
+    axis.bar_label(bars, [f"{n:.0f}" if n else "" for n in bars.datavalues], label_type="center", color=ink)
+axis.set(xlabel="claims × runs × cases", ylabel="")
+axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+run.figure(figure, "verdicts")
+counts.style.hide(axis="index")
+
+# %%
+parts = [
+    f"{paper}: {with_run.loc[with_run['paper'] == paper, 'id'].nunique()} of {rows['id'].nunique()} claims"
+    for paper, rows in table.groupby("paper", sort=False)
+]
+sentence = f"Claims with a verdict from one of {n_runs} runs: {'; '.join(parts)}."
+older = sum('"form"' not in path.read_text("utf-8") for path in source.glob("*/*/run.json"))
+if older:
+    where = f"{source.name}/claims.csv and {source.name}/README.md"
+    sentence += (
+        f" {older} records are of the project's first version and aren't read; their verdicts are in {where}."
+    )
+display(Markdown(sentence))
 
 # %% [markdown]
-# ## 1 The ledger
-# One row per claim and run; *case* tells rows of one run apart. *ours*: the figure that `what` in table `ledger` names, with its interval in brackets. "undecided": the interval holds
-# both answers, or there was nothing to judge, as where the unpruned model shows no bias. "reproduced" of one of the companion's own claims means that the run shows it. Claims that begin with
-# "Implied" claims are what a paper rests on without saying so. Small models that this project trained tell only about its own claims.
-
-# %%
-table = run.frame("ledger", lambda: ledger.build(source, known))
+# ## 2 Every claim
+# One row per claim, its runs below each other. *ours* is the quantity in column *ours is*, with its interval in
+# brackets. A claim that is *(implied)* is what a paper rests on without saying so. Small models that this project
+# trained count only for the companion's own claims. `claims.csv`, beside the runs, has the commit, the minutes and the
+# command of every run, too.
 
 
 # %%
-def figure_of(row: pd.Series) -> str:
+def ours(row: pd.Series) -> str:
     ends = f" ({row['low']:.3g} – {row['high']:.3g})" if pd.notna(row["low"]) else ""
     return "–" if pd.isna(row["ours"]) else f"{row['ours']:.3g}{ends}"
 
 
-def shown(own: pd.DataFrame) -> pd.DataFrame:
-    run_with = own[["model", "about", "parameters"]].agg(lambda r: ", ".join(filter(None, r)), axis=1)
-    columns = own.assign(ours=own.apply(figure_of, axis=1), run=run_with)
-    return columns[
-        ["id", "claim", "published", "case", "ours", "verdict", "why", "run", "minutes", "command"]
-    ]
-
-
-# %%
+shown = table.assign(ours=table.apply(ours, axis=1)).rename(columns={"what": "ours is"})
+facts = shown[["model", "about", "parameters", "case"]]
+shown["run"] = facts.agg(lambda row: ", ".join(filter(None, row)), axis=1)
+of_claim = ["id", "claim", "published", "ours is"]
+# runs of a claim stand below its first one
+shown[of_claim] = shown[of_claim].mask(shown.duplicated(["id", "ours is"]), "")
 wrapped = {"white-space": "normal", "text-align": "left", "vertical-align": "top"}
-for paper, own in table.groupby("paper", sort=False):
+for paper, rows in shown.groupby("paper", sort=False):
     display(Markdown(f"### {paper}"))
-    display(shown(own).style.hide(axis="index").format(precision=1, na_rep="–").set_properties(**wrapped))
-
-# %% [markdown]
-# ## 2 Verdicts by paper and run
+    rows = rows[[*of_claim, "run", "ours", "verdict", "why"]]
+    display(rows.style.hide(axis="index").set_properties(**wrapped))
 
 # %%
-figure = figures.verdicts(table, ledger.VERDICTS)
-figures.save(figure, folder / "figures", "verdicts")
-
-# %%
-counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
-counts = counts.reindex(columns=list(ledger.VERDICTS), fill_value=0).reset_index()
-summary = run.frame("summary", lambda: counts)
-summary.style.hide(axis="index")
-
-# %% [markdown]
-# ## 3 In one sentence
-
-# %%
-told = table[table["verdict"] != ledger.NOT_RUN]
-parts = [
-    f"{paper}: {own['id'].nunique()} of {table.loc[table['paper'] == paper, 'id'].nunique()} claims have a run ("
-    + ", ".join(f"{n} {v}" for v, n in own["verdict"].value_counts().items()) + ")"
-    for paper, own in told.groupby("paper", sort=False)
-]  # fmt: skip
-without = [p for p in table["paper"].unique() if p not in set(told["paper"])]
-sentence = "Verdicts over claims, runs and cases. " + "; ".join([*parts, *(f"{p}: no run yet" for p in without)]) + "."  # fmt: skip
-display(Markdown(sentence))
-
-# %%
+run.frame("claims", lambda: table)
 run.finish(
-    sentence=sentence,
+    sentence,
     about="all claims",
-    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-    tables={"summary": "Verdicts over claims, runs and cases; the whole ledger is in claims.csv"},
-    figures={"verdicts": "Verdicts by paper and parameter file"},
+    tables={"summary": "Verdicts over claims, runs and cases; all of them are in claims.csv"},
+    figures={"verdicts": "Verdicts by paper"},
 )
-sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -14,24 +14,23 @@
 # %% [markdown]
 # # Pruning attention heads for fairness (FASP)
 #
-# **Paper.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024
-# (arXiv 2312.15398), sections on the method and experiments 1 and 2, figures on head positions,
-# qualitative examples.
+# **Paper.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv 2312.15398):
+# the method, experiments 1 and 2, head positions, examples.
 #
-# **Claim.** Some attention heads add to social bias, others matter for language modelling. Protect the
-# share γ of heads that matter most, prune the share α that add most bias: bias falls, perplexity hardly
-# moves, and no other pruning score does both. The paper reports 8 – 39.5 % less gender bias, by model.
+# **Claim.** Some attention heads add to social bias, others matter for language modelling. Protect the share
+# γ that matters most, prune the share α that adds most bias: bias falls, perplexity hardly moves. No other
+# pruning score does both. The paper reports 8 – 39.5 % less gender bias, by model.
 #
-# **What is done here.** Every head is removed in turn (by `fidelity: importance`, texts are weighed as if it were) and scored (z_bias, z_ppl) on *validation* prompts; γ
-# is chosen there; FASP and five baselines are compared on *test* prompts, with intervals, a noise floor,
-# and the health of the model beside every bias figure.
+# **Method.** Every head is removed in turn on *validation* prompts, and scored by what that does to bias and
+# to perplexity. γ is chosen there. FASP, other scores and random heads are compared on *test* prompts.
 #
-# **Cost.** With the defaults (a small model with a planted truth): half a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml`, the default of `make reproduce`:
-# about 10 minutes on one core with AMX (several times as long without), 3 GB; exactly: the table of runs in `reports/`.
+# **Bias.** A judge scores continuations from 0 to 1. Bias = Σ over groups of people of |mean score over all
+# prompts − mean over the group's|. Noise alone makes it positive; a permutation null says how much.
 #
-# > **Content warning.** Prompts name social groups, and models continue them in offensive ways. Texts are shown
-# > only if asked for (`show_texts`, section 6).
+# **Cost.** With the defaults (a small model with a planted truth): a minute on two CPU cores, 1 GB.
+# `params/smollm2.yaml`: about 10 minutes on one core with AMX (several times as long without), 3 GB.
+#
+# > **Content warning.** Models continue prompts about social groups in offensive ways; see `show_texts`.
 
 # %% tags=["parameters"]
 model: str = "planted"  # packaged name, small model, local folder, or Hugging Face hub id
@@ -42,8 +41,8 @@ axis: str = "invented_group"  # gender_and_sex, race_ethnicity, nationality, rel
 prompts_source: str = "models/planted/prompts.csv"  # biasprune, holistic_bias, or a CSV file
 judge_name: str = "sentiment"  # toxicity, sentiment, a Hugging Face classifier, …
 corpus_name: str = "corpora/generated"  # sotu, bold, wikitext-2, or a text file
-rule: str = "corrected"  # corrected, or as_published: judging, windows and ties as in the paper's code
-fidelity: str = "exact"  # exact, importance, gradient, adaptive, or naive (one head at a time); see 07_speed
+rule: str = "corrected"  # corrected, or as_published: judging, windows, averages, ties as in the paper's code
+fidelity: str = "exact"  # estimator of head scores: exact (removal), importance or gradient; see 07_speed
 n_valid: int = 84  # prompts to score heads and to choose γ on, equally many per group; 0 takes all
 n_test: int = 84  # prompts to report on; 0 takes all
 n_base: int = 189  # validation prompts for the unpruned model alone: is there bias at all?; 0 takes all
@@ -60,306 +59,300 @@ test_tokens: int = 2048  # tokens of test text for the reported perplexity; 0 ta
 gammas: list = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # shares of heads protected
 alphas: list = [0.0, 0.07, 0.13, 0.19]  # shares of heads pruned (paper: 0, .02, …, .20)
 max_ppl_ratio: float = 1.25  # perplexity limit for the choice of γ and for the verdict, × unpruned
-random_draws: int = 8  # random selections, averaged
+smallest_change: float = 10.0  # % of the bias: a smaller reduction doesn't count as one
+random_draws: int = 8  # random selections of each kind, averaged
 n_boot: int = 1000  # bootstrap samples
 show_texts: bool = False  # continuations in the notebook: unfiltered, offensive in parts
+save_pruned: str = ""  # new folder for FASP's pruned model at the largest α; "" saves none
 batch_rows: int = 256  # sequences per batch when sampling
 batch_tokens: int = 4096  # tokens per batch for perplexity
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
 import json
-import warnings
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import experiment, figures, headscores, judge, lm, measure, prompts, record
+from biasprune import figures
+from biasprune.core.data import choose
+from biasprune.core.masks import Pruning, export
+from biasprune.core.model import load
+from biasprune.core.run import start
+from biasprune.core.stats import verdict
+from biasprune.measures import judges, prompts
+from biasprune.measures.prose import corpus, prose
+from biasprune.measures.toxicity import toxicity
+from biasprune.methods import heads, select
+from biasprune.methods.judge import read
 
-warnings.filterwarnings("ignore", message=".*IProgress.*")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-pd.set_option("display.precision", 4, "display.max_colwidth", 110)
-
-# %% [markdown]
-# ## Provenance
-# What this run depends on. The same goes to `run.json` in the output folder.
+pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 
 # %%
-dtype = lm.number_format(dtype, device)
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "axis", "prompts_source", "judge_name", "corpus_name", "rule", "fidelity", "n_valid", "n_base", "n_test", "score_seeds", "grid_seeds", "test_seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "window", "score_tokens", "test_tokens", "gammas", "alphas", "max_ppl_ratio", "random_draws", "n_boot", "batch_rows", "batch_tokens"]}  # fmt: skip
-folder = Path(out) if out else Path("runs") / record.slug(f"01_fasp_heads-{model}-{axis}")
-net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
-judged_by = judge.load(judge_name)
-tables = {s: prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
-texts = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
-inputs = record.digests({**tables, **{f"{s} prose": t for s, t in texts.items()}})
-run = record.Run(folder, {**config, "inputs": {**inputs, "weights": net.revision}}, notebook="01_fasp_heads")
-run.note(provenance=record.provenance(net))
-facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
-shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
-pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
+run = start("01_fasp_heads", globals())
+choose(fidelity, ("exact", "importance", "gradient"), "fidelity")
+if save_pruned and Path(save_pruned).exists():
+    raise FileExistsError(f"save_pruned: {save_pruned} is there already; give a new folder.")
+net = load(model, revision=revision or None, dtype=dtype, device=device)
+n_heads, alphas = net.anatomy.n_flat, sorted({0.0, *alphas})  # α = 0 is the unpruned model
+if int(alphas[-1] * n_heads) == 0:
+    raise ValueError(f"alphas: {alphas[-1]} of {n_heads} heads is less than one head; give a larger α.")
+judge = judges.load(judge_name, device=str(net.device))
+tables = {split: prompts.load(axis, split, prompts_source) for split in ("valid", "test")}
+texts = {split: corpus(corpus_name, split) for split in ("valid", "test")}
+hashed = {f"{s} prompts": tables[s] for s in tables} | {f"{s} prose": texts[s] for s in texts}
+run.inputs(lm=net, **hashed)
 
 # %% [markdown]
-# ## 1 Prompts, and what the judge makes of them
-# Prompts are drawn equally per group, and weighted so that the axis mean is that of all prompts, as in the paper.
-#
-# Toxicity classifiers are biased themselves. The figure compares the judge's score of the *prompts*, which the
-# paper includes in what it scores, with its score of the unpruned model's *continuations*. Differences between
-# groups among the prompts are the judge's own, not the model's; that is why the corrected rule scores the
-# continuation alone.
+# ## 1 Is there bias?
+# Prompts are drawn equally per group, and weighted by its share of the axis. Two permutation nulls say what
+# bias no difference between groups would give. Labels shuffled among *prompts*: does the model treat these
+# prompts differently? Among *descriptors*, where groups have several: would other words for the groups show
+# it, too? `floor` is the null's mean; the larger sample is of the unpruned model alone. Then the judge's mean
+# scores: differences between *prompts*, which the paper judges too, are the judge's own bias.
+
 
 # %%
-valid, test = (
-    prompts.sample(tables[s], n or len(tables[s]), seed=0) for s, n in (("valid", n_valid), ("test", n_test))
-)
-cut = {"rule": rule, "length": window or None}
-valid_windows, test_windows = (
-    measure.windows(net, texts[s], max_tokens=n or None, **cut)
-    for s, n in (("valid", score_tokens), ("test", test_tokens))
-)
-run.note(data={"valid prompts": record.frame_sha256(valid), "test prompts": record.frame_sha256(test)})
-sampling = {"max_new_tokens": max_new_tokens, "top_k": top_k, "temperature": temperature,
-            "max_prompt_tokens": max_prompt_tokens, "batch_rows": batch_rows, "batch_tokens": batch_tokens}  # fmt: skip
-display(Markdown(
-    f"{len(valid)} of {len(tables['valid'])} validation prompts and {len(test)} of {len(tables['test'])} test prompts, "
-    f"{valid['bucket'].nunique()} groups; perplexity on {valid_windows.counts.sum():,} / {test_windows.counts.sum():,} tokens."
-))  # fmt: skip
-
-# %%
-unpruned = pd.DataFrame({"heads": [[]]})
-base, _ = run.frame_pair(
-    "unpruned", lambda: experiment.evaluate(net, unpruned, valid, judged_by, valid_windows, seeds=score_seeds, rule=rule, **sampling)
-)  # fmt: skip
-seen = pd.concat([
-    pd.DataFrame({"bucket": valid["bucket"], "what": "prompt alone", "score": judged_by(list(valid["prompt"]))}),
-    pd.DataFrame({"bucket": valid["bucket"].to_numpy()[base["prompt"]], "what": "continuation", "score": base["score"]}),
-])  # fmt: skip
-figure = figures.group_scores(seen)
-figures.save(figure, folder / "figures", "judge_by_group")
-# %% [markdown]
-# **Is there bias to remove?** Bias is a sum of absolute differences, so it is above zero even where groups don't differ.
-# Shuffling the group labels gives the noise floor: what no difference would give. One model is cheap to sample, so
-# this is asked of a larger sample first; in section 4 of the test prompts, on which the methods are compared.
-
-# %%
-large = prompts.sample(tables["valid"], n_base or len(tables["valid"]), seed=0)
-large_texts, _ = run.frame_pair(
-    "unpruned_large",
-    lambda: experiment.evaluate(
-        net, unpruned, large, judged_by, valid_windows, seeds=[0], rule=rule, progress="unpruned", **sampling
-    ),
-)
+def measures(split: str, n: int, seeds: list, tokens: int, rule: str = rule) -> dict:
+    drawn = prompts.sample(tables[split], n or len(tables[split]), seed=0)
+    how = {"seeds": seeds, "max_new_tokens": max_new_tokens, "top_k": top_k, "temperature": temperature}
+    how |= {"max_prompt_tokens": max_prompt_tokens or None, "batch_rows": batch_rows}
+    cut = {"length": window or None, "max_tokens": tokens or None}
+    ppl = prose(net, texts[split], rule=rule, batch_tokens=batch_tokens, **cut)
+    return {"bias": toxicity(drawn, judge, rule=rule, batch_tokens=batch_tokens, **how), "perplexity": ppl}
 
 
-def detected(name: str, of: pd.DataFrame, sampled: pd.DataFrame) -> dict:
-    """Bias of the unpruned model's texts, and its noise floor."""
-    means = of.groupby("prompt")["score"].mean()
-    found = measure.detect_bias(means, sampled["bucket"], sampled["weight"])
-    return {"prompts": name, **found, "seeds": of["seed"].nunique()}
-
-
-found = [detected("larger sample (validation)", large_texts, large), detected("for scoring (validation)", base, valid)]  # fmt: skip
-pd.DataFrame(found).style.hide(axis="index").format(precision=3).set_caption(
-    "Unpruned model: measured bias, and what no difference would give"
-)
+valid = measures("valid", n_valid, score_seeds, score_tokens)
+bias, ppl = valid.values()
+more = measures("valid", n_base, [0], score_tokens)["bias"]
+larger = run.frame("unpruned_large", lambda: more.read(net, [Pruning()], progress="unpruned"))
+unpruned = run.frame("unpruned", lambda: bias.read(net, [Pruning()]))
+detection = [more.detect(larger).assign(prompts="larger"), bias.detect(unpruned).assign(prompts="valid")]
+caption = "Unpruned model: measured bias, and what no difference between the groups would give"
+display(pd.concat(detection).style.hide(axis="index").format(precision=3).set_caption(caption))
+by_item = unpruned.groupby("item")["value"].mean()[bias.items["item"]].to_numpy()
+by_group = bias.items[["group"]].assign(prompt=judge(bias.items["prompt"].tolist()), continuation=by_item)
+by_group.groupby("group").mean().T.style.format(precision=3)
 
 # %% [markdown]
-# `excess` is the measured bias above the floor's mean. Where it is small against the floor, most of what the next
-# sections call bias is noise, and so is most of its change.
-
-# %% [markdown]
-# **As published against corrected.** The paper's code scores prompt and continuation together, and its perplexity windows start
-# every 512 tokens whatever their length. The same continuations and the same prose, measured both ways:
+# **As published against corrected.** The paper's code judges prompt and continuation together, averages the
+# biases of single seeds, and starts perplexity windows every 512 tokens whatever their length. The same
+# continuations and the same prose, measured both ways:
 
 # %%
-rules = run.frame(
-    "rules",
-    lambda: experiment.compare_rules(
-        net,
-        valid,
-        base,
-        judged_by,
-        texts["valid"],
-        length=window or None,
-        max_tokens=score_tokens or None,
-        batch_tokens=batch_tokens,
-    ),
-)
-rules.style.hide(axis="index").format(precision=3)
+rules = []
+for name in ("as_published", "corrected"):
+    rule_bias, rule_ppl = measures("valid", n_valid, score_seeds, score_tokens, name).values()
+    again = unpruned.assign(value=rule_bias.judged(net, unpruned))
+    means = {"mean_score": again["value"].mean(), "above_half": (again["value"] > 0.5).mean()}
+    loss = rule_ppl.readings(rule_ppl.read(net, [Pruning()])).bias()[0]
+    rules.append({"rule": name, "bias": rule_bias.readings(again).bias()[0], **means, "ppl": loss})
+    rules[-1]["tokens"] = rule_ppl.cut.counts.sum()
+run.frame("rules", lambda: pd.DataFrame(rules)).style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 2 Score every head
-# One call: each head is removed at the input of the attention output projection, all heads with the same sampling
-# noise. `z_bias` > 0: the head adds bias. `z_ppl` > 0: the head matters for language modelling.
+# z_bias = bias − bias without the head; z_ppl = perplexity without it − perplexity. All heads see the same
+# sampling noise (common random numbers), so most texts stay as they are. By `importance` no text is written
+# anew: the unpruned model's are weighed by how likely they are without the head, and `ess` is the share of
+# the sample that this leaves. `gradient` is the first-order effect. Layers are stored one by one: a killed
+# run goes on. Heads within two standard errors (bars) of zero can't be told from heads without effect.
+
 
 # %%
-scores = run.frame(
-    "head_scores",
-    lambda: headscores.score(
-        net, valid, judged_by, valid_windows, fidelity=fidelity, rule=rule, seeds=score_seeds, n_boot=n_boot,
-        checkpoint=folder / "checkpoint", **sampling,
-    ),
-)  # fmt: skip
-columns = ["layer", "head", "z_bias", "z_bias_se", "z_ppl", "z_ppl_se", "changed"]
-display(
-    scores.nlargest(5, "z_bias")[columns]
-    .style.hide(axis="index")
-    .format(precision=4)
-    .set_caption("Adding most bias")
-)
-display(
-    scores.nlargest(5, "z_ppl")[columns]
-    .style.hide(axis="index")
-    .format(precision=4)
-    .set_caption("Mattering most")
-)
-figure = figures.head_scores(scores)
-figures.save(figure, folder / "figures", "head_scores")
+def removed(single: list[Pruning]) -> pd.DataFrame:
+    if fidelity == "exact":
+        return read(net, single, valid).drop(columns=["text", "tokens"])
+    weighed = bias.weighed(net, single, unpruned).drop(columns="text").assign(judged_by="bias")
+    return pd.concat([weighed, ppl.read(net, single).assign(judged_by="perplexity")])
+
+
+if fidelity == "gradient":
+    effects = bias.first_order(net, whole=unpruned), ppl.first_order(net)
+else:
+    jobs = {f"layer {i}": partial(removed, heads.single_heads(net, [i])) for i in range(net.anatomy.n_layers)}
+    frame = run.pieces("heads_removed", {"unpruned": partial(removed, [Pruning()]), **jobs})
+    effects = [m.readings(frame[frame["judged_by"] == name].dropna(axis=1)) for name, m in valid.items()]
+scores = heads.head_scores(net, *effects, n_boot=n_boot).assign(axis=axis, fidelity=fidelity)
+if fidelity == "importance":
+    scores["ess"] = scores["flat"].astype(str).map(frame.groupby("pruning")["ess"].max())
+scores = run.frame("head_scores", lambda: scores)
+ends = {"xerr": "z_bias_se", "yerr": "z_ppl_se", "xlabel": "z_bias", "ylabel": "z_ppl"}
+run.figure(figures.scatter(scores, "z_bias", "z_ppl", **ends), "head_scores")
+
 # %% [markdown]
-# Points within about two standard errors of zero can't be told from heads without effect. `changed` is the
-# share of continuations that differ at all from the unpruned model's.
-#
+# **By hand.** FASP protects the heads without which perplexity is highest; of the others it prunes those
+# without which bias is lowest. `select.fasp` is the same, with the paper's rounding and ties as an option. A
+# head is removed by zeroing its slice of the *input* of the attention output projection; nothing inside
+# attention is touched. Here for the head with the highest z_ppl:
+
+# %%
+gamma, alpha = gammas[0], min(alphas[-1], 1 - gammas[0])
+by_harm = scores.sort_values(["ppl_without", "flat"])
+protected = by_harm["flat"].tail(int(gamma * n_heads))
+candidates = scores[~scores["flat"].isin(protected)]
+pruned = candidates.sort_values(["bias_without", "flat"])["flat"].head(int(alpha * n_heads))
+fasp = partial(select.fasp, scores["bias_without"], scores["ppl_without"])
+assert sorted(pruned) == fasp(gamma=gamma, alpha=alpha)
+display(Markdown(f"γ = {gamma}, α = {alpha}: protects heads {sorted(protected)}, prunes {sorted(pruned)}."))
+
+# %%
+a, worst = net.anatomy, by_harm.iloc[-1]
+kept = torch.ones(a.n_heads, a.head_dim, dtype=net.dtype, device=net.device)
+kept[worst["head"]] = 0
+out_proj = net.model.get_submodule(a.out_projs[worst["layer"]])
+hook = out_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * kept.flatten(), *inputs[1:]))
+by_hand = ppl.readings(ppl.read(net, [Pruning()])).bias()[0]
+hook.remove()
+if fidelity != "gradient":  # a first-order effect is another number
+    assert np.isclose(by_hand, worst["ppl_without"], rtol=1e-4 if net.dtype == torch.float32 else 0.05)
+Markdown(f"Head {worst['flat']}: z_ppl {by_hand - worst['ppl']:.4f} by hand, {worst['z_ppl']:.4f} above.")
+
+# %% [markdown]
 # ## 3 Choose γ on validation prompts
-# FASP over γ × α (the paper's experiment 2), with fresh sampling seeds. γ is the one with the lowest mean bias among
-# those whose perplexity never exceeds the limit.
+# FASP over γ × α (the paper's experiment 2), with fresh sampling seeds. Of the γ whose perplexity never
+# exceeds the limit, the one with the lowest mean bias over α is taken. (The paper's criterion isn't public.)
+
 
 # %%
-grid_sets = experiment.gamma_grid(scores, gammas, alphas, rule)
-grid_texts, grid_losses = run.frame_pair(
-    "gamma_grid",
-    lambda: experiment.evaluate(
-        net, grid_sets, valid, judged_by, valid_windows, seeds=grid_seeds, rule=rule, progress="γ × α", **sampling
-    ),
-)  # fmt: skip
-grid, _ = experiment.compare(grid_sets, grid_texts, grid_losses, valid, valid_windows, n_boot=n_boot)
-gamma = experiment.choose_gamma(grid, max_ppl_ratio)
-run.frame("gamma_alpha", lambda: grid)
-figure = figures.gamma_alpha(grid, gamma)
-figures.save(figure, folder / "figures", "gamma_alpha")
-display(Markdown(f"Chosen: **γ = {gamma}**."))
+def tried(name: str, rows: list[tuple], measures: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    chosen = pd.DataFrame(rows, columns=["method", "gamma", "alpha", "draw", "pruning"])
+    chosen["pruning"] = [str(Pruning(frozenset(flat))) for flat in chosen["pruning"]]
+    parts = chosen.drop_duplicates("pruning").groupby("alpha")["pruning"]
+    jobs = {f"α = {a}": partial(read, net, [Pruning.parse(p) for p in ps], measures) for a, ps in parts}
+    return chosen, run.pieces(name, jobs)
+
+
+fasp = partial(fasp, rule=rule)
+pairs = [(g, a) for g in gammas for a in alphas if a <= 1 - g + 1e-9]
+fresh = measures("valid", n_valid, grid_seeds, score_tokens)
+grid = tried("gamma_grid", [("FASP", g, a, 0, fasp(gamma=g, alpha=a)) for g, a in pairs], fresh)
+grid = run.frame("gamma_alpha", lambda: heads.compare(*grid, fresh, n_boot=n_boot)[0]).query("pruned > 0")
+per_gamma = grid.groupby("gamma").agg(bias=("bias", "mean"), worst=("ppl_ratio", "max"))
+allowed = per_gamma[per_gamma["worst"] <= max_ppl_ratio]
+gamma = float(allowed["bias"].idxmin() if len(allowed) else per_gamma["worst"].idxmin())
+both = grid["change"].map("{:+.0f} %".format) + grid["ppl_ratio"].map("\n× {:.2f}".format)
+label = f"change of bias in %, and below it perplexity; bold: γ = {gamma}, chosen"
+style = {"text": "both", "bold": "chosen", "limit": grid["change"].abs().max(), "label": label}
+grid = grid.assign(both=both, chosen=grid["gamma"] == gamma)
+run.figure(figures.heat_map(grid, "gamma", "alpha", "change", **style), "gamma_alpha")
 
 # %% [markdown]
-# ## 4 FASP against every baseline, on test prompts
-# | method | prunes the heads with |
-# |---|---|
-# | FASP | the highest z_bias, outside the share γ with the highest z_ppl |
-# | bias only | the highest z_bias (FASP with γ = 0) |
-# | perplexity only | the lowest z_ppl |
-# | magnitude | the smallest weights (L2 norm of q, k, v and output weights) |
-# | mask gradient | the smallest gradient of the loss by the head's mask |
-# | random | uniform draws, averaged |
+# ## 4 FASP against every other score, on test prompts
+# *Bias only* prunes the highest z_bias (FASP with γ = 0), *perplexity only* the lowest z_ppl, *magnitude* the
+# smallest q, k, v and output weights, *mask gradient* the smallest gradient of the loss by the head's mask.
+# *Random* draws from all heads, as in the paper. FASP never picks heads that matter for language modelling,
+# so that is no fair control; *random, matched* draws from the heads that FASP may pick. Intervals draw
+# prompts (for perplexity, windows) and, of random heads, draws. A model that writes no sense can look
+# unbiased: see `distinct` and `empty`.
 
 # %%
-weights = run.frame("baseline_scores", lambda: pd.DataFrame({
-    "magnitude": headscores.magnitude_l2(net),
-    "mask gradient": headscores.mask_gradient_l2(net, valid_windows, batch_tokens=batch_tokens // 4, progress=False),
-}))  # fmt: skip
-chosen = experiment.selections(
-    scores,
-    {c: weights[c].to_numpy() for c in weights},
-    gamma=gamma,
-    alphas=alphas,
-    rule=rule,
-    draws=random_draws,
-)
+baselines = {"magnitude": heads.magnitude(net), "mask gradient": heads.mask_gradient(net, ppl)}
+baselines = run.frame("baseline_scores", lambda: pd.DataFrame(baselines))
+others = {"bias only": scores["bias_without"], "perplexity only": scores["ppl_without"], **baselines}
+free, rows = by_harm["flat"].head(n_heads - int(gamma * n_heads)), []
+for a in alphas:
+    rows.append(("FASP", gamma, a, 0, fasp(gamma=gamma, alpha=a)))
+    matched = [select.random(free, len(rows[-1][-1]), seed=draw) for draw in range(random_draws)]
+    anywhere = [select.random(range(n_heads), int(a * n_heads), seed=draw) for draw in range(random_draws)]
+    rows += [(m, 0.0, a, 0, select.lowest(score, alpha=a, rule=rule)) for m, score in others.items()]
+    rows += [("random", 0.0, a, draw, flat) for draw, flat in enumerate(anywhere)]
+    rows += [("random, matched", gamma, a, draw, flat) for draw, flat in enumerate(matched)]
+test = measures("test", n_test, test_seeds, test_tokens)
+chosen, judged = tried("test", rows, test)
 run.frame("selections", lambda: chosen)
-test_texts, test_losses = run.frame_pair(
-    "test",
-    lambda: experiment.evaluate(
-        net, chosen, test, judged_by, test_windows, seeds=test_seeds, rule=rule, progress="test prompts", **sampling
-    ),
-)  # fmt: skip
-compared, replicates = experiment.compare(chosen, test_texts, test_losses, test, test_windows, n_boot=n_boot)
-run.frame("comparison", lambda: compared)
-detection = run.frame("detection", lambda: pd.DataFrame([*found, detected("test", test_texts[test_texts["heads"] == ""], test)]))  # fmt: skip
-p_value = float(detection.set_index("prompts").loc["test", "p"])
-display(
-    detection.style.hide(axis="index")
-    .format(precision=3)
-    .set_caption("Unpruned model: measured bias, and what no difference would give")
-)
-figure = figures.change_against_alpha(compared, max_ppl_ratio)
-figures.save(figure, folder / "figures", "change_against_alpha")
-# %% [markdown]
-# At the largest α, with the health of the model: `distinct` and `empty` are shares of the continuations. A model that
-# no longer writes sense can look unbiased.
-
-# %%
-unpruned_row = compared[(compared["alpha"] == 0) & (compared["method"] == "FASP")].assign(method="unpruned")
-largest = pd.concat([unpruned_row, compared[compared["alpha"] == max(alphas)]])
-largest.drop(columns="gamma").style.hide(axis="index").format(precision=3).set_caption(
-    f"α = {max(alphas)}; change in %"
-)
+comparison = run.frame("comparison", lambda: heads.compare(chosen, judged, test, n_boot=n_boot)[0])
+written = judged[judged["judged_by"] == "bias"]
+detection.append(test["bias"].detect(written[written["pruning"] == ""]).assign(prompts="test"))
+detection = run.frame("detection", lambda: pd.concat(detection, ignore_index=True))
+display(detection.style.hide(axis="index").format(precision=3).set_caption(caption))
+ends = {"xlabel": "share of heads pruned, α", "ylabel": "change of bias, %", "reference": 0.0}
+run.figure(figures.lines(comparison, "alpha", "change", "method", **ends), "change_against_alpha")
+comparison.query("alpha == @alphas[-1]").style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
-# ## 5 Where the heads sit
+# ## 5 Where the heads sit, and what their removal changes
+# z_bias, and what FASP does at the largest α. Then the test prompts whose score changes most, in either
+# direction; `-p show_texts True` shows the texts: unfiltered model output, offensive in parts.
 
 # %%
-a = net.anatomy
-protected = (
-    scores.sort_values(["ppl_without", "flat"])["flat"]
-    .iloc[len(scores) - int(gamma * len(scores)) :]
-    .tolist()
-)
-fasp = chosen[(chosen["method"] == "FASP") & (chosen["alpha"] == max(alphas))]["heads"].iloc[0]
-figure = figures.head_map(a.n_layers, a.n_heads, protected, list(fasp))
-figures.save(figure, folder / "figures", "head_map")
-# %% [markdown]
-# ## 6 Scores before and after
-# The test prompts whose score changes most under FASP at the largest α, in either direction. `-p show_texts True` shows
-# prompts and continuations, too: unfiltered model output, offensive in parts.
-
-# %%
-pair = test_texts[
-    test_texts["heads"].isin(["", experiment.set_key(fasp)]) & (test_texts["seed"] == test_seeds[0])
-]
-wide = pair.pivot(index="prompt", columns="heads", values=["text", "score"])
-wide.columns = [f"{what} {'after' if heads else 'before'}" for what, heads in wide.columns]
-wide.insert(0, "prompt text", test["prompt"].to_numpy())
-wide.insert(0, "group", test["bucket"].to_numpy())
-change = (wide["score after"] - wide["score before"]).astype(float)
-examples = wide.loc[[*change.nsmallest(3).index, *change.nlargest(3).index]]
-examples[[c for c in examples if show_texts or "text" not in c]].style.hide(axis="index").format(precision=3)
+best = chosen.query("method == 'FASP'")["pruning"].iloc[-1]
+states = {**dict.fromkeys(free, ""), **dict.fromkeys(Pruning.parse(best).heads, "pruned")}
+placed = scores.assign(state=scores["flat"].map(states).fillna("kept"))
+style = {"text": "state", "limit": scores["z_bias"].abs().max(), "label": "z_bias; kept: protected"}
+run.figure(figures.heat_map(placed, "layer", "head", "z_bias", **style), "head_map")
+pair = written[(written["seed"] == test_seeds[0]) & written["pruning"].isin(["", best])]
+wide = pair.pivot(index="item", columns="pruning", values=["text", "value"])
+wide.columns = [f"{what} {'after' if pruning else 'before'}" for what, pruning in wide.columns]
+wide = test["bias"].items.set_index("item")[["group", "prompt"]].join(wide).reset_index(drop=True)
+order = (wide["value after"] - wide["value before"]).astype(float).sort_values(kind="stable").index
+hidden = [] if show_texts else ["prompt", "text before", "text after"]
+wide.loc[[*order[:3], *order[-3:]]].drop(columns=hidden).style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
-# ## 7 Verdict
-# Mean change over all α that prune at least one head, with its interval, and the difference to random pruning of as
-# many heads: anything that makes a model write less, or less toxic, text lowers a sum of absolute differences too.
-# `reduced_at` is the share of those α at which the whole 95 % interval lies below zero.
+# ## 6 Verdict
+# Mean change over all α that prune, and `more`, its difference to random heads: whatever makes a model write
+# less lowers a sum of absolute differences. A method *passes* if both intervals lie below zero and that of
+# perplexity within the limit at every α. It *fails* if an interval excludes a reduction of `smallest_change`
+# %, or perplexity within the limit. The claim has two halves: FASP passes, no other score does.
+
 
 # %%
-verdicts = experiment.verdicts(compared, replicates, max_ppl_ratio)
-run.frame("verdicts", lambda: verdicts)
-verdict, reason = experiment.conclude(verdicts, p_value)
-sentence = f"{model}, axis {axis}. Claim: FASP alone reduces bias with perplexity within ×{max_ppl_ratio}. **{verdict.capitalize()}**: {reason}."
-display(verdicts.style.hide(axis="index").format(precision=2))
-display(Markdown(sentence))
+def outcome(row: pd.Series) -> str:
+    passes = max(row["change_high"], row["more_high"]) < 0 and row["worst_high"] <= max_ppl_ratio
+    fails = max(row["change_low"], row["more_low"]) > -smallest_change or row["worst_low"] > max_ppl_ratio
+    return verdict(reproduced=passes and not fails, refuted=fails, biased=p_value < 0.05)
+
+
+nulls = detection[detection["prompts"] == "test"].set_index("shuffled")["p"]
+p_value = nulls["prompts"]
+effects, changes = heads.compare(chosen.query("pruning != ''"), judged, test, ["method"], n_boot=n_boot)
+controls = {"FASP": "random, matched", "random, matched": "random, matched"}
+more = [changes[m,] - changes[controls.get(m, "random"),] for m in effects["method"]]
+effects = effects.join(pd.DataFrame([difference.row("more") for difference in more]))
+worst = comparison.groupby("method")[["ppl_ratio", "ppl_ratio_low", "ppl_ratio_high"]].max()
+effects = effects.join(worst.set_axis(["worst", "worst_low", "worst_high"], axis=1), on="method")
+effects["verdict"] = effects.apply(outcome, axis=1)
+effects = run.frame("effects", lambda: effects.assign(control=effects["method"].str.startswith("random")))
+ends = {"low": "change_low", "high": "change_high", "hollow": "control"}
+label = "change of bias in %, mean over α"
+run.figure(figures.intervals(effects, "change", "method", xlabel=label, **ends), "effects")
 
 # %%
+row, rivals = effects.set_index("method").loc["FASP"], effects[effects["method"].isin(others)]
+passing = rivals["method"][rivals["verdict"] == "reproduced"].tolist()
+alone = {"reproduced": (rivals["verdict"] == "not reproduced").all(), "refuted": len(passing) > 0}
+why = "against random heads {more:+.0f} points ({more_low:+.0f} to {more_high:+.0f}), ".format(**row)
+why += f"perplexity × {row['worst']:.2f} at most, bias of the unpruned model "
+why += ", ".join(f"p = {p:.3f} ({shuffled} shuffled)" for shuffled, p in nulls.items())
+verdicts = pd.DataFrame({"id": "F1", "case": ["FASP", "other scores"], "ours": [row["change"], len(passing)]})
+verdicts["claim"] = ["FASP reduces bias while perplexity stays low", "no other pruning score does so"]
+verdicts["low"], verdicts["high"] = ([row[f"change_{end}"], np.nan] for end in ("low", "high"))
+verdicts["what"] = [f"{label}, on test prompts; 95 % over prompts", f"scores of {len(rivals)} that do so"]
+verdicts["verdict"] = [row["verdict"], verdict(**alone, biased=p_value < 0.05)]
+verdicts["why"] = [why, ", ".join(passing) or "none"]
+sentence = "FASP changes bias by {change:+.0f} % ({change_low:+.0f} to {change_high:+.0f}, {why}): {verdict}."
+sentence = f"{model}, axis {axis}: {sentence.format(**row, why=why)} Others that do: {verdicts['why'][1]}."
+Markdown(sentence)
+
+# %% tags=["truth"]
 truth_file = Path(net.folder or ".") / "truth.json"
 if truth_file.is_file():  # the planted model: the truth is known, so the method must find it
     truth = json.loads(truth_file.read_text())
-    planted = truth["layer"] * a.n_heads + truth["head"]
-    assert scores["z_bias"].idxmax() == planted and planted in fasp, "the planted head was not found"
-    assert verdicts.set_index("method").loc["FASP", "effect"] == "reduces bias", (
-        "removing it must reduce bias"
-    )
+    planted = truth["layer"] * net.anatomy.n_heads + truth["head"]
+    assert scores["z_bias"].idxmax() == planted and planted in Pruning.parse(best).heads
+    assert row["verdict"] == "reproduced", "removing it must reduce bias"
 
 # %%
-run.finish(
-    gamma=gamma,
-    verdict=verdict,
-    sentence=sentence,
-    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-    tables={
-        "detection": "The unpruned model's bias, and the noise floor that shuffled group labels give",
-        "verdicts": f"Pruning (γ = {gamma}, chosen on validation prompts): change in % of the unpruned model's bias on test prompts, averaged over α, with 95 % intervals by bootstrap over prompts, and against random pruning of as many heads",
-    },
-    figures={
-        "change_against_alpha": "Change of bias and perplexity against the share of heads pruned, per method"
-    },
-)
-sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+if save_pruned:
+    export(net, Pruning.parse(best), save_pruned)
+shown = {"detection": caption, "effects": f"{label}, γ = {gamma}; more: than random heads, in points"}
+drawn = {"effects": label, "change_against_alpha": "Change of bias by share of heads pruned"}
+run.finish(sentence, verdicts=verdicts, gamma=gamma, tables=shown, figures=drawn)

@@ -14,20 +14,22 @@
 # %% [markdown]
 # # How far a fix transfers: from one context to the next
 #
-# **Paper.** Ma, Salinas, Henderson & Nyarko, *Breaking Down Bias: On The Limits of Generalizable Pruning Strategies*, FAccT 2025
-# (arXiv 2502.07771): generalised pruning, within and across contexts.
+# **Paper.** Ma, Salinas, Henderson & Nyarko, *Breaking Down Bias: On The Limits of Generalizable Pruning
+# Strategies*, FAccT 2025 (arXiv 2502.07771): generalised pruning, within and across contexts.
 #
-# **Claim.** Pruning that is made for one question works for it. The more general a fix is meant to be, the less it does: less
-# for other questions of the context, least in other contexts.
+# **Claim.** Pruning that is made for one question works for it. The more general a fix is meant to be, the
+# less it does: less for other questions of the context, least in other contexts.
 #
-# **What is done here.** Parts are selected for every question, with one half of the names, and judged by the other half, at three levels:
-# on the same question; what the context's *other* questions have in common; what all questions of *another* context have in
-# common. The last gives a matrix, context by context, for heads, neurons and weights. Controls of the same size stand beside each.
+# **Method.** Parts are selected for every question, with one half of the names, and judged by the other half,
+# at three levels: on the same question; what the context's *other* questions have in common; what all
+# questions of *another* context have in common. The last gives a matrix, context by context, for heads,
+# neurons and weights. Controls of the same size stand beside each.
 #
-# **Cost.** With the defaults (a small model with a planted truth): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 10 minutes on one core with AMX (several times as long without), 4 GB; exactly: the table of runs in `reports/`.
+# **Cost.** With the defaults (a small model with a planted truth) about three minutes on one CPU core, 1 GB.
+# `params/smollm2.yaml`: about 10 minutes on one core with AMX (several times as long without), 4 GB.
 #
-# > **Content warning.** First names stand for groups of people here, as in the studies they come from, and model answers about them differ.
+# > **Content warning.** First names stand for groups of people here, as in the studies they come from, and
+# > model answers about them differ.
 
 # %% tags=["parameters"]
 model: str = "planted-audit"  # packaged name, small model, local folder, or Hugging Face hub id
@@ -47,43 +49,42 @@ suffix: str = "Reply with a single number and nothing else."  # put after every 
 answer_tokens: int = 4  # length of a sampled answer (paper: 10)
 answer_temperature: float = 0.6  # as in the paper
 answer_top_k: int = 50  # draw answers from the k likeliest tokens; 0 takes all, which is slow
-answer_seeds: int = 8  # sampled answers per name and question (paper: 100)
+answer_seeds: int = 8  # sampled answers of the unpruned model per name and question (paper: 100)
 judge_seeds: int = 4  # sampled answers of pruned models, which say what numbers they come to
 most_numbers: int = 12  # numbers whose probability is read off, per question
 log_values: bool = True  # compare logarithms of the answers
 audit_window: int = 64  # tokens per perplexity window
 audit_tokens: int = 1024  # tokens of text for perplexity, and as a utility set
-transfer_methods: dict = {"heads, slope": 0.13, "neurons, slope": 0.006, "weights, Wanda": 0.2}  # methods of 02_neuron_pruning, and the share that each removes  # fmt: skip
-protect_share: dict = {"heads": 0.3, "neurons": 0.01, "weights": 0.05}  # share of parts protected for their effect on prose (utility set)  # fmt: skip
-protect_group: dict = {"heads": 0.125, "neurons": 1.0, "weights": 1.0}  # set difference: the share protected for the first group, in shares pruned for the second  # fmt: skip
+# methods of 02_neuron_pruning, and the share that each removes
+transfer_methods: dict = {"heads, slope": 0.13, "neurons, slope": 0.006, "weights, Wanda": 0.2}
+# share protected for its effect on prose (utility set)
+protect_share: dict = {"heads": 0.3, "neurons": 0.01, "weights": 0.05}
+# set difference: share protected for the first group, in shares pruned for the second
+protect_group: dict = {"heads": 0.125, "neurons": 1.0, "weights": 1.0}
 transfer_draws: int = 1  # random and shuffled controls per selection
+smallest_effect: float = 0.0  # SMD: a gap, or what is lost on the way, counts beyond this
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
 import json
-import warnings
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import (
-    ablate,
-    answers,
-    audit,
-    figures,
-    gaps,
-    lm,
-    measure,
-    prompts,
-    record,
-    transfer,
-    weightscores,
-)
+from biasprune import figures
+from biasprune.core import weights
+from biasprune.core.data import choose
+from biasprune.core.model import load
+from biasprune.core.run import start
+from biasprune.core.stats import verdict
+from biasprune.measures import numbers, prose
+from biasprune.methods import judge, parts
+from biasprune.papers.published import llama3_heads
 
-warnings.filterwarnings("ignore", message=".*IProgress.*")
-warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 pd.set_option("display.precision", 3, "display.max_colwidth", 110)
@@ -92,189 +93,228 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-dtype = lm.number_format(dtype, device)
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "contexts_source", "names_source", "compare_by", "groups", "transfer_contexts", "transfer_variations", "corpus_name", "chat", "prefix", "suffix", "answer_tokens", "answer_temperature", "answer_top_k", "answer_seeds", "judge_seeds", "most_numbers", "log_values", "audit_window", "audit_tokens", "transfer_methods", "protect_share", "protect_group", "transfer_draws"]}  # fmt: skip
-folder = Path(out) if out else Path("runs") / record.slug(f"03_cross_context_transfer-{model}-{compare_by}")
-net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
-contexts, names = audit.load("contexts", contexts_source), audit.load("names", names_source)
-contexts = audit.chosen(contexts, transfer_contexts, transfer_variations)
-train_names, test_names = audit.halves(names, compare_by, groups)
-names = pd.concat([train_names, test_names], ignore_index=True)
-# results are kept for these tables and weights, not for their names alone
-inputs = {
-    "contexts": record.frame_sha256(contexts),
-    "names": record.frame_sha256(names),
-    "weights": net.revision,
-}
-run = record.Run(folder, {**config, "inputs": inputs}, notebook="03_cross_context_transfer")
-run.note(provenance=record.provenance(net), data=inputs)
-facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
-shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
-display(Markdown(
-    f"{len(contexts)} questions in {contexts['context'].nunique()} contexts, {len(train_names)} names to select with, {len(test_names)} others to judge by."
-))  # fmt: skip
-pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
+run = start("03_cross_context_transfer", globals())
+if transfer_draws < 1:
+    raise ValueError("transfer_draws = 0: a selection needs at least one random control to be compared with.")
+net = load(model, revision=revision or None, dtype=dtype, device=device)
+contexts = numbers.contexts(contexts_source, transfer_contexts, transfer_variations)
+train_names, test_names = numbers.names(names_source, compare_by, groups)
+texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
+run.inputs(lm=net, contexts=contexts, train_names=train_names, test_names=test_names, **texts)
 
 # %% [markdown]
-# ## 1 Where is there a gap?
-# Read off the model's distribution over numeric answers (see 02_neuron_pruning). The direction of each question's gap comes from the names that
-# selections are made with; `directed` is the mean SMD in that direction among the other names. Without a gap there is nothing to transfer.
+# ## 1 Select for every question, and what questions have in common
+# Every question's gap is read off the model's distribution over numeric answers (see 02_neuron_pruning), and
+# its direction is known from the names that selections are made with. Methods are those of 02_neuron_pruning.
 
 # %%
-ask = {"suffix": suffix, "chat": chat, "prefix": prefix}
-asked_train, asked_test = (audit.questions(net, contexts, some, **ask) for some in (train_names, test_names))
-asked_all = pd.concat([asked_train, asked_test], ignore_index=True)
-drawing = {
-    "seeds": range(answer_seeds),
-    "max_new_tokens": answer_tokens,
-    "temperature": answer_temperature,
-    "top_k": answer_top_k,
-}
-sampled = run.frame("sampled", lambda: audit.ask(net, asked_all, progress="answers", **drawing))
-numbers = answers.candidates(net, sampled, most=most_numbers, log=log_values)
-dist = run.frame(
-    "distribution",
-    lambda: answers.distribution(
-        net, asked_all, numbers, temperature=answer_temperature, progress="distribution"
-    ),
-)
-versus = {"by": compare_by, "groups": tuple(groups)}
-each_train, each_test = (
-    gaps.moments(dist[dist["name"].isin(some["name"])], log=log_values) for some in (train_names, test_names)
-)
-signs = gaps.directions(each_train, **versus)
-start = run.frame(
-    "start",
-    lambda: (
-        gaps.effects(each_test.assign(pruning=""), each_test, signs=signs, **versus)
-        .mean(["context"])
-        .drop(columns=["removed", "removed_low", "removed_high"])
-    ),
-)
-start.style.hide(axis="index").format(precision=3).set_caption("Unpruned model, names to judge by")
+drawing = {"max_new_tokens": answer_tokens, "temperature": answer_temperature, "top_k": answer_top_k}
+form = {"suffix": suffix, "chat": chat, "prefix": prefix, "most": most_numbers, "log": log_values}
 
-# %% [markdown]
-# ## 2 Select for every question, and what questions have in common
 
-# %%
-text_valid, text_test = (prompts.corpus(corpus_name, s) for s in ("valid", "test"))
+def measure(names: pd.DataFrame, seeds: int) -> numbers.Numbers:
+    asking = numbers.Asking(seeds=tuple(range(seeds)), **drawing, **form)
+    return numbers.numbers(net, contexts, names, by=compare_by, groups=groups, asking=asking)
+
+
+train, test = measure(train_names, answer_seeds), measure(test_names, judge_seeds)
+unpruned = train.gaps(train.read(net, [parts.Pruning()]), n_perm=1)
+test = test.directed(dict(zip(unpruned["question"], unpruned["smd"], strict=True)))
 cut = {"length": audit_window, "max_tokens": audit_tokens}
-valid_windows, test_windows = (measure.windows(net, t, **cut) for t in (text_valid, text_test))
-own = transfer.Audit(
-    lm=net, sampled=sampled, numbers=numbers, utility=weightscores.prose(valid_windows), windows=test_windows,
-    log=log_values, temperature=answer_temperature, protect=protect_share, q=protect_group, most=most_numbers,
-    drawing={"seeds": range(judge_seeds), "max_new_tokens": answer_tokens, "top_k": answer_top_k}, **versus,
-)  # fmt: skip
-labels = ["own", *(f"{c} {k}" for k in range(transfer_draws) for c in ("random", "shuffled")), "swapped"]
-jobs = [
-    (m, k) for m in transfer_methods for k in labels if k != "swapped" or transfer.METHODS[m][1] != "slope"
+judges = {f"on {question}": one for question, one in test.split("question").items()}
+measures = {**train.split("context"), **judges, "perplexity": prose.prose(net, texts["test"], **cut)}
+LEVELS = ("same question", "other questions of the context", "the whole context itself", "another context")
+context_of, level = dict(zip(train.items["question"], train.items["context"], strict=True)), {}
+for question, context in context_of.items():
+    measures[question] = train.split("question")[question]
+    rest = (train.items["context"] == context) & (train.items["question"] != question)
+    measures[f"others than {question}"] = train.where(rest.to_numpy())
+    level[question, f"on {question}"] = LEVELS[0]
+    if rest.any():
+        level[f"others than {question}", f"on {question}"] = LEVELS[1]
+    for other in dict.fromkeys(contexts["context"]):
+        level[other, f"on {question}"] = LEVELS[2] if other == context else LEVELS[3]
+
+# %%
+utility = weights.prose(prose.prose(net, texts["valid"], **cut).cut)
+harm = {kind: weights.part_snip(net, utility, kind) for kind in ("heads", "units")}
+
+
+def method(name: str, share: float):
+    what, how = name.split(", ")
+    kind = {"heads": "heads", "neurons": "units", "weights": "weights"}[what]
+    if how == "slope":
+        return parts.by_slope(kind, share, protect=protect_share[what], harm=harm[kind])
+    choose(how, ("set difference", "Wanda"), "method")
+    keep = {"group": protect_group[what], "protect": protect_share[what], "prose": utility}
+    return parts.by_difference(kind, share, score="wanda" if how == "Wanda" else "snip", **keep)
+
+
+methods = {}
+for name, share in transfer_methods.items():
+    fix = parts.common(cache(method(name, share)), "question")
+    methods[name, "own"] = fix
+    methods |= {(name, f"random {k}"): parts.matched(fix, k) for k in range(transfer_draws)}
+    methods |= {(name, f"shuffled {k}"): parts.relabelled(fix, k) for k in range(transfer_draws)}
+    if not name.endswith("slope"):
+        methods[name, "swapped"] = parts.relabelled(fix)
+named = {"; ".join(key): fix for key, fix in methods.items()}
+options = {"always": ["perplexity"], "pieces": partial(run.pieces, "judged")}
+frame = judge.select_and_judge(net, named, list(level), measures, **options)
+after = judge.judged(frame, measures)
+
+# %%
+table = after.table
+ppl = table[table["judged_by"] == "perplexity"].set_index(["method", "selected_by"])["bias"]
+answered = test.gaps(frame).merge(test.health(frame), on=["pruning", "question"])
+table = table[table["judged_by"] != "perplexity"].assign(
+    question=lambda t: t["judged_by"].str.removeprefix("on ")
+)
+table = table.reset_index(names="row").merge(answered, on=["pruning", "question"])
+table["ppl_ratio"] = [
+    ppl[m, s] / ppl["", ""] for m, s in zip(table["method"], table["selected_by"], strict=True)
 ]
+table["level"] = [level.get(pair, "") for pair in zip(table["selected_by"], table["judged_by"], strict=True)]
+table["judged_in"] = table["question"].map(context_of)
+of_unpruned, done = table[table["method"] == ""], table[table["method"] != ""].copy()
+done[["method", "label"]] = done["method"].str.split("; ", expand=True).to_numpy()
 
 
-def judged(method: str, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    file = record.slug(f"{method} {label}".replace(",", "").replace(" ", "_"))
-    return run.frame_pair(
-        file,
-        lambda: own.judge_levels(method, transfer_methods[method], label, asked_train, asked_test),
-        ("moments", "health"),
-    )
+def summary(rows: pd.DataFrame) -> pd.Series:
+    row = {"questions": len(rows), "parts": rows["parts"].mean(), "gap": rows["smd"].abs().mean()}
+    row |= after.bias(rows["row"]).row("directed") | after.removed(rows["row"]).row("removed")
+    return pd.Series(row | rows[["floor", "covered", "ppl_ratio", "inliers", "distinct"]].mean().to_dict())
 
 
-base, base_health = run.frame_pair(
-    "unpruned", lambda: own.evaluate({"": ablate.Pruning()}, asked_test), ("moments", "health")
-)
-done = [judged(m, k) for m, k in jobs]
-each, health = (pd.concat(x, ignore_index=True) for x in zip(*done, strict=True))
-health["level"] = pd.Categorical(health["level"], transfer.LEVELS)
-sizes = health.groupby(["method", "label", "level"], sort=False, observed=True)["parts"].agg(["mean", "min"])
-sizes.unstack("level").style.format(precision=0, thousands=",", na_rep="–").set_caption(
-    "Parts removed (mean, and fewest): what questions have in common gets less"
-)
+def summed(rows: pd.DataFrame, by: list) -> pd.DataFrame:
+    return rows.groupby(by, sort=False)[list(rows)].apply(summary).reset_index()
+
+
+# %% [markdown]
+# ## 2 Where is there a gap?
+# Unpruned model, names to judge by: mean |SMD|, what shuffled labels give (`floor`), and the mean SMD in the
+# other names' direction (`directed`). Without a gap there is nothing to transfer.
+
+# %%
+of_unpruned = of_unpruned.rename(columns={"judged_in": "context"})
+gaps = run.frame("start", lambda: summed(of_unpruned, ["context"]).filter(regex="^(?!removed|parts|ppl)"))
+gaps.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 3 Levels of generality
-# SMD removed, in the direction known from the other names, averaged over all questions, with 95 % intervals over names; beside it what the controls
-# remove. 0: nothing; the whole gap is `directed` above.
+# SMD removed, in the direction known from the other names, averaged over all questions, with 95 % intervals
+# over names; beside it what the controls remove. 0: nothing; the whole gap is `directed` above. What
+# questions have in common has fewer `parts`.
 
 # %%
-whole = gaps.effects(each, base.drop(columns="pruning"), signs=signs, **versus)
-by_level = whole.mean(["method", "label", "level"])
-health["ppl_ratio"] = health["ppl"] / base_health["ppl"].iloc[0]
-well = health.groupby(["method", "label", "level"], observed=True)[
-    ["ppl_ratio", "inliers", "distinct"]
-].mean()
-by_level = run.frame("levels", lambda: by_level.merge(well.reset_index(), on=["method", "label", "level"]))
-columns = ["method", "label", "level", "questions", "removed", "removed_low", "removed_high", "gap", "floor", "off", "ppl_ratio", "inliers", "distinct"]  # fmt: skip
-display(by_level[columns].style.hide(axis="index").format(precision=3, na_rep="–").set_caption("SMD removed by level; label: own, or a control"))  # fmt: skip
-figure = figures.removed_by_level(by_level, transfer.LEVELS)
-figures.save(figure, folder / "figures", "levels")
+done["level"] = pd.Categorical(done["level"], LEVELS)
+ordered = done.sort_values("level", kind="stable").astype({"level": str})
+levels = run.frame("levels", lambda: summed(ordered, ["method", "label", "level"]))
+style = {"low": "removed_low", "high": "removed_high", "hue": "label", "panel": "method"}
+run.figure(figures.intervals(levels, "removed", "level", xlabel="SMD removed", **style), "levels")
+shown = levels.drop(columns=["directed", "directed_low", "directed_high"])
+shown.style.hide(axis="index").format(precision=3, na_rep="–")
 
 # %% [markdown]
 # ## 4 The transfer matrix
-# Selected for the row's context, judged in the column's: SMD removed. Bold: its 95 % interval over names lies above 0; in brackets what random
-# parts of the same number remove.
+# Selected for the row's context, judged in the column's: SMD removed. Bold: its 95 % interval over names lies
+# above 0; in brackets what random parts of the same number remove.
 
 # %%
-crossed = whole.mean(["method", "label", "level", "selected_for", "context"]).rename(
-    columns={"context": "judged_in"}
-)
-matrix = run.frame(
-    "matrix", lambda: crossed[crossed["level"].isin(transfer.LEVELS[2:])].drop(columns="level")
-)
-figure = figures.transfer_matrix(matrix)
-figures.save(figure, folder / "figures", "transfer_matrix")
+crossed = done[done["level"].isin(LEVELS[2:])].rename(columns={"selected_by": "selected_for"})
+pair = ["method", "selected_for", "judged_in"]
+matrix = run.frame("matrix", lambda: summed(crossed, ["label", *pair]))
+random = matrix[matrix["label"].str.startswith("random")].groupby(pair)["removed"].mean()
+cells = matrix[matrix["label"] == "own"].join(random.rename("random"), on=pair)
+cells["text"] = [f"{r.removed:.2f}\n({r.random:.2f})" for r in cells.itertuples()]
+cells["clear"] = cells["removed_low"] > 0
+style = {"text": "text", "bold": "clear", "panel": "method", "label": "SMD removed"}
+limit = cells["removed"].abs().max()
+figure = figures.heat_map(cells, "selected_for", "judged_in", "removed", limit=limit, **style)
+run.figure(figure, "transfer_matrix")
 
 # %% [markdown]
 # ## 5 The published figures
+# Mean |SMD| over products, Llama-3-8B-Instruct, heads pruned; read off the figures of the authors' public
+# notebook, which is older than the paper and prunes by attention to the name. Without `BIASPRUNE_PUBLISHED`
+# there are none.
 
 # %%
-published = run.frame("published", transfer.published_heads)
-display(Markdown(
-    "Mean |SMD| over products, Llama-3-8B-Instruct, heads pruned; read off the figures of the authors' public notebook, which is older than the paper and prunes by attention to the name."
-    if len(published) else "The published figures aren't at hand (`BIASPRUNE_PUBLISHED` names no folder): this part is left out."
-))  # fmt: skip
+published = run.frame("published", llama3_heads)
 published.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
 # ## 6 Verdict
-# "Transfer deteriorates" needs a fix that works where it was made, and does less elsewhere, both beyond noise. What a context's questions have in common
-# removes fewer parts than a question's own selection, so some of `lost` is size; `lost_between` compares one pruning in its own and in
+# "Transfer deteriorates" needs a fix that works where it was made, and does less elsewhere, both beyond
+# `smallest_effect` with their intervals. What a context's questions have in common removes fewer parts than a
+# question's own selection, so some of `lost` is size; `lost_between` compares one pruning in its own and in
 # other contexts.
 
+
 # %%
-verdicts = run.frame("verdicts", lambda: transfer.fading(whole, by_level))
-display(verdicts.style.hide(axis="index").format(precision=2, na_rep="–"))
-clear = start.loc[start["directed_low"] > 0, "context"].tolist()
-sentence = f"{model}, {groups[0]} against {groups[1]}: a gap beyond noise in {len(clear)} of {len(start)} contexts ({', '.join(clear) or 'none'}). The effect of pruning fades from the same question to another context: " + "; ".join(f"{r.method}: **{r.verdict}**" for r in verdicts.itertuples()) + "."  # fmt: skip
+def rows_of(name: str, where: str, label: str = "own"):
+    wanted = {"method": name, "level": where, "label": label}
+    return done.loc[(done[list(wanted)] == pd.Series(wanted)).all(axis=1), "row"].to_numpy()
+
+
+def faded(name: str) -> dict:
+    same, own, another = (after.removed(rows_of(name, LEVELS[k])) for k in (0, 2, 3))
+    chance = [rows_of(name, LEVELS[0], f"random {k}") for k in range(transfer_draws)]
+    row = same.row("same") | after.more(rows_of(name, LEVELS[0]), chance).row("more")
+    return {"method": name, **row, **(same - another).row("lost"), **(own - another).row("lost_between")}
+
+
+def said(row: pd.Series) -> dict:
+    works = row["same_low"] > smallest_effect and row["more_low"] > smallest_effect
+    rule = {"reproduced": row["lost_low"] > smallest_effect, "refuted": row["lost_high"] < smallest_effect}
+    why = f"same question {row['same']:.2f} ({row['same_low']:.2f} – {row['same_high']:.2f}) removed, "
+    why += f"{row['more']:.2f} more than random; {'' if works else 'no fix to transfer; '}"
+    lost = f"lost on the way {row['lost']:.2f}, with one pruning {row['lost_between']:.2f}"
+    why += lost if np.isfinite(row["lost"]) else "there is one context only"
+    told = verdict(**{k: works and bool(v) for k, v in rule.items()}, biased=len(clear) > 0)
+    ours = dict(zip(("ours", "low", "high"), row[["lost", "lost_low", "lost_high"]], strict=True))
+    return {"case": row["method"], **ours, "verdict": told, "why": why}
+
+
+clear = gaps.loc[gaps["directed_low"] > smallest_effect, "context"].tolist()
+fading = run.frame("fading", lambda: pd.DataFrame([faded(name) for name in transfer_methods]))
+claim = {"id": "B5", "claim": "The effect of pruning fades from the same question to another context"}
+claim["what"] = "SMD removed on the same question − in another context; 95 % over names"
+verdicts = pd.DataFrame([{**claim, **said(row)} for _, row in fading.iterrows()])
+each = "; ".join(f"{r.case}: **{r.verdict}** ({r.why})" for r in verdicts.itertuples())
+sentence = (
+    f"{model}, {groups[0]} against {groups[1]}: a gap beyond noise in {len(clear)} of {len(gaps)} contexts "
+    f"({', '.join(clear) or 'none'}). {claim['claim']}: {each}."
+)
 display(Markdown(sentence))
+fading.style.hide(axis="index").format(precision=2, na_rep="–")
 
 # %% tags=["truth"]
-truth_file = Path(net.folder or ".") / "truth.json"
-planted = json.loads(truth_file.read_text()).get("circuits") if truth_file.is_file() else None
+truth = Path(net.folder or ".") / "truth.json"
+planted = json.loads(truth.read_text()).get("circuits") if truth.is_file() else None
 if planted and "neurons, slope" in transfer_methods:
-    shared = {(a, b): planted[a] == planted[b] for a in planted for b in planted}
-    cells = matrix[(matrix["method"] == "neurons, slope") & (matrix["label"] == "own")]
-    alike = [shared[(r.selected_for, r.judged_in)] for r in cells.itertuples()]
-    whole_gap = start.set_index("context")["directed"].loc[cells["judged_in"]].to_numpy()
-    most = cells["removed"].to_numpy() > whole_gap / 2
-    inside = sum(m for m, a in zip(most, alike, strict=True) if a)
-    outside = sum(m for m, a in zip(most, alike, strict=True) if not a)
-    display(Markdown(f"This model's contexts were trained to share a circuit or not. Neurons by slope remove most of the gap in {inside} of {sum(alike)} pairs that share one, and in {outside} of {len(alike) - sum(alike)} that don't."))  # fmt: skip
-    assert inside == sum(alike) and outside == 0
+    neurons = cells[cells["method"] == "neurons, slope"]
+    shared = [planted[r.selected_for] == planted[r.judged_in] for r in neurons.itertuples()]
+    most = neurons["removed"].to_numpy() > gaps.set_index("context")["directed"][neurons["judged_in"]] / 2
+    pairs = pd.crosstab(
+        pd.Series(shared, name="shared circuit"), pd.Series(most.to_numpy(), name="most is gone")
+    )
+    display(
+        Markdown("This model's contexts were trained to share a circuit or not. Neurons by slope:"), pairs
+    )
+    assert (most.to_numpy() == shared).all(), (
+        "a fix must transfer where the circuit is shared, and only there"
+    )
 
 # %%
-run.finish(
-    about=f"{contexts['context'].nunique()} contexts, {groups[0]} − {groups[1]}",
-    sentence=sentence,
-    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-    tables={
-        "start": "Gap of the unpruned model by context, names to judge by",
-        "verdicts": "SMD removed on the same question and in another context (95 % over names)",
-        "published": "Published: mean |SMD| over products, Llama-3-8B-Instruct",
-    },
-    figures={
-        "levels": "SMD removed by level of generality, per method, beside the controls",
-        "transfer_matrix": "Transfer matrix: SMD removed, selected for one context and judged in another",
-    },
-)
-sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+shown_tables = {
+    "start": "Gap of the unpruned model by context, names to judge by",
+    "fading": "SMD removed on the same question, and lost in another context (95 % over names)",
+    "published": "Published: mean |SMD| over products, Llama-3-8B-Instruct",
+}
+shown_figures = {
+    "levels": "SMD removed by level of generality, per method, beside the controls",
+    "transfer_matrix": "Transfer matrix: SMD removed, selected for one context and judged in another",
+}
+about = f"{contexts['context'].nunique()} contexts, {groups[0]} − {groups[1]}"
+run.finish(sentence, verdicts=verdicts, about=about, tables=shown_tables, figures=shown_figures)

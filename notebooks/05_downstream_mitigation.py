@@ -14,34 +14,40 @@
 # %% [markdown]
 # # Where to fight bias in a classifier: in the pre-trained model, or in the fine-tuning data?
 #
-# **Paper.** Baksi, Singh & Joshi, *Downstream bias mitigation is all you need*, 2024 (arXiv 2408.00612); protocol after Steed et al.,
-# *Upstream Mitigation Is Not All You Need*, ACL 2022. Neither publishes levels or results, so this is a reproduction of claims: every level below is a parameter.
+# **Paper.** Baksi, Singh & Joshi, *Downstream bias mitigation is all you need*, 2024 (arXiv 2408.00612);
+# protocol after Steed et al., *Upstream Mitigation Is Not All You Need*, ACL 2022. Neither publishes levels
+# or results, so this reproduces claims, and every level below is a parameter.
 #
-# **Claims.** C1: interventions on the pre-trained model barely change the bias of what is fine-tuned from it. C2: the fine-tuning data matters more.
-# C3a (Baksi et al.): even slight changes of how often women and an occupation occur together matter. C3b (Steed et al., the opposite): such changes do nothing once
-# the model is pre-trained. C4: pre-training matters all the same.
+# **Claims.** D1: interventions on the pre-trained model barely change the bias of what is fine-tuned from it.
+# D2: the fine-tuning data matters more. D3a (Baksi et al.): even slight changes of how often a group and a
+# label occur together matter. D3b (Steed et al., the opposite): such changes do nothing once the model is
+# pre-trained. D4: pre-training matters all the same.
 #
-# **What is done here.** Interventions on the model with the data as they are, and on the data with the plain model; with those of `crossed`, both; several seeds of each. Bias is the gap between women's and men's true positive rates per
-# occupation, accuracy stands beside it, and every effect is paired by seed with the plain pre-trained model.
+# **Method.** A classifier of occupations or of toxic comments (`task`) is fine-tuned after an intervention on
+# the model or on the data; those of `crossed` are combined with the data's. Bias of occupations: gaps between
+# the true positive rates of women and men. Bias of comments: how much false alarms and misses differ between
+# the groups that comments are about. Every effect is paired by seed with the plain pre-trained model.
 #
-# **Cost.** With the defaults (a tiny model, generated biographies): about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 9 minutes on one core with AMX (several times as long without), on BOLD's sentences, 2 GB; exactly: the table of runs in `reports/`.
+# **Cost.** With the defaults (a tiny model, generated biographies) about a minute on two CPU cores, 1 GB.
+# `params/smollm2.yaml`: about 9 minutes on one core with AMX (several times as long without), 2 GB.
 #
-# > **Content warning.** Texts are about people's occupations and gender. First names and pronouns stand for groups of people, women and men only, as in the studies they come from.
+# > **Content warning.** First names and pronouns stand for women and men only, as in the studies they come
+# > from. Comments, which people wrote, and half of the phrases, which are ours, insult or stereotype groups
+# > of people; none is shown here.
 
 # %% tags=["parameters"]
 classifier: str = "tiny-bert"  # minilm (packaged encoder), a packaged decoder, small model, folder, or hub id
-class_data: list = ["biographies"]  # biographies, bold, LabHC/bias_in_bios, or a folder with its files
-class_train: dict = {"biographies": 600}  # training texts, at most, equally many per class; others 1000
-bios_specific: float = 0.3  # how often generated biographies name what only this occupation does
-class_test: int = 900  # test texts, at most (biographies, bold: in pairs, as a woman and a man)
-bold_words: int = 0  # sentences of bold are cut after so many words; 0 leaves them whole
+task: str = "biographies"  # biographies, bold, reddit, or a folder, CSV file or hub id of texts
+class_train: int = 600  # training texts, at most, equally many per label
 class_dev: int = 150  # texts that choose the epoch, at most
+class_test: int = 900  # test texts, at most (biographies, bold: in pairs, as a woman and a man)
+bios_specific: float = 0.3  # how often generated biographies name what only this occupation does
+bold_words: int = 0  # sentences of bold are cut after so many words; 0 leaves them whole
+least_texts: int = 10  # occupations (groups) with fewer test texts of a gender (label) are left out
 upstreams: list = ["pretrained", "randomized", "perturbed", "debiased"]  # interventions on the model
 perturb_scales: list = [0.5]  # noise of "perturbed", in standard deviations of each matrix
 data_changes: list = ["scrubbed", "rebalanced"]  # interventions on the data, on the plain model
-strengths: list = [0.25, 1.0]  # λ, how far every class' share of women moves towards one half
-slight: float = 0.25  # changes up to this λ count as slight
+strengths: list = [0.25, 1.0]  # λ, how far shares are moved towards equality
 crossed: list = ["randomized"]  # interventions on the model that are combined with every λ
 class_seeds: list = [0, 1]  # of the head, of the order, and of what is drawn
 class_epochs: int = 3  # paper's protocol: 10
@@ -49,19 +55,26 @@ class_rate: float = 2e-3  # learning rate (protocol: 5e-5)
 class_batch: int = 32  # texts per step (protocol: 64)
 class_length: int = 96  # longest text in tokens (protocol: 128)
 class_bf16: bool = False  # mixed precision, where the device computes in bfloat16
-least_texts: int = 10  # classes with fewer test texts of either group are left out, and named
+barely: float = 0.25  # an effect within ± this share of the plain model's bias barely changes it
+slight: float = 0.25  # changes up to this λ are slight
+learns: float = 0.5  # settings that keep less than this share of the plain margin over chance aren't judged
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
 import warnings
-from functools import cache
-from pathlib import Path
+from functools import partial
 
 import pandas as pd
 import transformers
 from IPython.display import Markdown, display
 
-from biasprune import classify, downstream, figures, lm, mitigation, progress, record
+from biasprune import figures
+from biasprune.core.data import data_dir
+from biasprune.core.model import has_bfloat16, weights_sha256
+from biasprune.core.run import VERDICT_COLUMNS, device_name, slug, start
+from biasprune.core.stats import verdict
+from biasprune.downstream import bias, classify, effects, texts
+from biasprune.downstream.effects import PLAIN
 
 warnings.filterwarnings("ignore", message=".*IProgress.*")
 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -73,189 +86,382 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-class_bf16 = class_bf16 and lm.has_bfloat16()
-config = {name: globals()[name] for name in ["classifier", "class_data", "class_train", "class_test", "class_dev", "bold_words", "bios_specific", "upstreams", "perturb_scales", "data_changes", "strengths", "slight", "crossed", "class_seeds", "class_epochs", "class_rate", "class_batch", "class_length", "class_bf16", "least_texts"]}  # fmt: skip
-folder = Path(out) if out else Path("runs") / record.slug(f"05_downstream_mitigation-{classifier}")
-sizes = {d: {"train": class_train.get(d, 1000), "dev": class_dev, "test": class_test} for d in class_data}
-tables = {
-    (d, seed): downstream.load(d, seed=seed, words=bold_words, specific=bios_specific, **sizes[d])
-    for d in class_data
-    for seed in class_seeds
-}
-inputs = {f"{d}, seed {seed}": record.frame_sha256(t) for (d, seed), t in tables.items()}
-run = record.Run(folder, {**config, "inputs": inputs}, notebook="05_downstream_mitigation")
-described = classify.describe(classifier)
-run.note(provenance={**record.provenance(), "device": described["device"], "model": described}, data=inputs)
-facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
-shown = ["name", "class", "revision", "layers", "parameters", "device", "commit"]
-pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
+run = start("05_downstream_mitigation", globals())
+grid = effects.grid(upstreams, data_changes, strengths, perturb_scales, crossed, class_seeds)
+sizes = {"train": class_train, "dev": class_dev, "test": class_test}
+drawn = {"cut": bold_words, "specific": bios_specific}
+tables = {seed: texts.load(task, sizes, seed, **drawn) for seed in class_seeds}
+net, _ = classify.load(classifier, ["a", "b"], 0)
+facts = {"name": classifier, "class": type(net).__name__, "dtype": "float32"}
+facts |= {"parameters": net.num_parameters(), "device": device_name(net.device)}
+facts |= {"revision": weights_sha256(classify.source(classifier))}
+run.inputs(model=facts, **{f"texts, seed {s}": t for s, t in tables.items()})
 
 # %% [markdown]
 # ## 1 Texts
-# `biographies`: our generator, 15 occupations of Bias in Bios with their published share of women, texts that several occupations share. `bold`: Wikipedia sentences about
-# 14 fields of work; each stands after a gendered opening of ours, since the sentences hardly mention people. There the shares of women are set by us. Texts for testing stand in both
-# genders, the same but for names and pronouns: half women, whatever the shares in training, so that what a classifier makes of gender shows with few texts.
+# `biographies`: our generator, 15 occupations of Bias in Bios with their published share of women. `bold`:
+# Wikipedia sentences about 14 fields of work, each after a gendered opening of ours, since the sentences
+# hardly mention people; there we set the shares of women. Their test texts stand in both genders, the same
+# but for names and pronouns, so that what a classifier makes of gender shows with few texts.
 #
-# `best`: what a classifier makes of the test texts that knows the generator and learns the shares of women from training texts. Its gap is the true effect of the data. Since half of the
-# test texts are women's, going by gender costs accuracy here, as it wouldn't where the shares are those of training: accuracies below are of this kind.
+# `reddit` (RedditBias, Barikeri et al., ACL 2021): comments about five groups. "Toxic" there means annotated
+# as **biased against the group**, mostly a stereotype and seldom an insult. So a classifier that learns it
+# may make nothing of our phrases, which differ in the group alone and half of which are plain insults;
+# section 3 says whether they can be read. Other comments go in by `task`.
+#
+# Occupations differ in their share of women, groups in their share of toxic comments: a classifier can learn
+# that instead of the text. These shares are what the interventions on the data move.
 
 # %%
-texts = run.frame("texts", lambda: pd.DataFrame([
-    {"data": d, "split": s, "texts": len(own), "classes": own["label"].nunique(), "women": (own["group"] == "female").mean(), "example": own["text"].iloc[0]}
-    for d in class_data for s, own in tables[d, class_seeds[0]].groupby("split", sort=False)
-]))  # fmt: skip
-display(texts.style.hide(axis="index").format(precision=2))
+unit = texts.unit_of(tables[class_seeds[0]])
+column, value = texts.MOVED[unit]
+comments, moved = unit == "group", "toxic" if unit == "group" else "women"
+whole = pd.concat({s: t if comments else t.assign(part="texts") for s, t in tables.items()}, names=["seed"])
+each = whole.assign(share=whole[column] == value).groupby(["part", "split", unit], sort=False)["share"]
+listed = each.agg(texts=lambda x: len(x) / len(tables), **{moved: "mean"}).reset_index()
+listed = run.frame("texts", lambda: listed)
+shown = listed[listed["part"] != "phrases"].drop(columns="part").style.hide(axis="index")
+display(shown.format("{:,.0f}", subset=["texts"]).format("{:.2f}", subset=[moved]))
+if not comments:
+    display(Markdown(f"For example: *{whole['text'].iloc[0]}*"))
+
+# %% [markdown]
+# `best`: what a classifier makes of the test texts that knows the generator and learns the shares of women
+# from training texts. Its gap is the true effect of the data. Half of the test texts are women's, so going by
+# gender costs accuracy here, as it wouldn't where shares are those of training.
 
 
+# %%
 def best(strength: float) -> dict:
-    how = {"specific": bios_specific}
-    train, test = downstream.biographies(3000, 0, **how), downstream.biographies(3000, 1, paired=True, **how)
-    train = downstream.co_occurrence(train, strength, 0)
-    found = test[["label", "group", "pair"]].assign(predicted=downstream.bayes(test, train, **how))
-    row = mitigation.outcome(found, mitigation.women(train), classify.Setting(strength=strength), 0)
+    train = texts.biographies(3000, 0, specific=bios_specific)
+    train = texts.redrawn(train, "label", 0, strength)
+    test = texts.biographies(3000, 1, "test", bios_specific)
+    guess = test.assign(predicted=texts.bayes(test, train, bios_specific))
+    row = bias.summary(guess, texts.shares(train, "label"))
     return {"λ": strength, **{k: row[k] for k in ("accuracy", "rms", "excess", "r")}}
 
 
-if "biographies" in class_data:
+if task == "biographies":
     possible = run.frame("best", lambda: pd.DataFrame([best(x) for x in sorted({0.0, *strengths})]))
     display(possible.style.hide(axis="index").format(precision=3, na_rep="–"))
 
 # %% [markdown]
 # ## 2 The grid
-# Every cell fine-tunes the whole model; a cell that is done is never computed again, and one that was stopped goes on after its last epoch. Seeds also draw the texts (from the
-# generator, or which of BOLD's pages and sentences, and their openings), so that intervals over seeds hold the sampling of training and test texts.
+# Every cell fine-tunes the whole model. A cell that is done is never computed again, and one that was stopped
+# goes on after its last epoch. Seeds also draw the texts, so intervals over seeds hold the sampling of
+# training and test texts.
 
 # %%
-grid = mitigation.settings(upstreams, data_changes, strengths, perturb_scales, crossed)
-recipe = classify.Recipe(epochs=class_epochs, learning_rate=class_rate, batch=class_batch, length=class_length, bf16=class_bf16)  # fmt: skip
-todo = [(d, at, seed) for d in class_data for seed in class_seeds for at in grid]
+bf16 = class_bf16 and has_bfloat16()
+recipe = classify.Recipe(class_epochs, class_rate, class_batch, class_length, bf16)
 
 
-def one(data: str, at: classify.Setting, seed: int) -> pd.DataFrame:
-    train, dev, test = mitigation.prepared(tables[data, seed], at, seed)
-    where = folder / "checkpoint" / run.key[:16] / record.slug(f"{data}-{at.name}-{seed}")
-    return classify.cell(classifier, at, train, dev, test, recipe, seed=seed, folder=where)
+def cell(at: classify.Setting, seed: int) -> pd.DataFrame:
+    where = run.folder / "checkpoint" / run.key[:16] / slug(f"{at.name}-{seed}")
+    table = classify.cell(classifier, at, tables[seed], recipe, seed, where)
+    return table.assign(setting=at.name, seed=seed)
 
 
-done = {
-    (d, at.name, seed): run.frame(record.slug(f"cell-{d}-{at.name}-{seed}"), lambda d=d, at=at, seed=seed: one(d, at, seed))
-    for d, at, seed in progress.bar(todo, desc="cells")
-}  # fmt: skip
-display(
-    Markdown(
-        f"{len(done)} cells: {len(grid)} settings × {len(class_seeds)} seeds × {len(class_data)} sets of texts."
+jobs = {f"{at.name}, seed {seed}": partial(cell, at, seed) for at, seed in grid}
+predictions = run.pieces("predictions", jobs)
+Markdown(f"{len(grid)} cells: {len(grid) // len(class_seeds)} settings × {len(class_seeds)} seeds.")
+
+# %%
+parts = {task: predictions}
+if comments:
+    parts = {f"{task}: {p}": predictions[predictions["part"] == p] for p in whole["part"].unique()}
+
+
+def outcome(case: str, at: classify.Setting, seed: int) -> dict:
+    of_cell = (parts[case]["setting"] == at.name) & (parts[case]["seed"] == seed)
+    share = texts.shares(tables[seed].query("split == 'train'"), unit)
+    row = {"data_name": case, "setting": at.name, **at._asdict(), "seed": seed}
+    return row | bias.summary(parts[case][of_cell], share, least_texts)
+
+
+cells = run.frame("cells", lambda: pd.DataFrame([outcome(case, *c) for case in parts for c in grid]))
+rare = sorted({c for left_out in cells["left_out"] for c in left_out.split(", ") if c})
+Markdown(f"Left out, with fewer than {least_texts} test texts of either kind: {', '.join(rare) or 'none'}.")
+
+# %% [markdown]
+# ## 3 What the plain classifier does
+# Means over seeds. `excess` is the bias that everything below is about: the mean squared gap of occupations,
+# or the variance of the groups' error rates, less its sampling variance; 0 on average where groups don't
+# differ. `p`: of as large an excess where groups are permuted. `rms` of the gaps, `fped` = Σ |FPR − FPR of a
+# group| and `fned` are the usual measures, never below 0; their floors say what chance alone gives. `p_auc`:
+# of as large an AUC where scores say nothing. AUC by group (Borkan et al., WWW 2019): `subgroup` of its texts
+# alone, `bpsn` low if its other texts draw false alarms, `bnsp` low if insults of it are missed.
+#
+# Comments about different groups are different texts, and some are harder than others: part of their excess
+# may be no bias. Phrases are the same for every term.
+
+# %%
+plain_cells = cells[cells["setting"] == PLAIN].groupby("data_name", sort=False)
+measures = [
+    "accuracy",
+    "excess",
+    "p",
+    "rms",
+    "rms_floor",
+    "mean_gap",
+    "r",
+    "slope",
+    "auc",
+    "p_auc",
+    "fpr",
+    "fnr",
+]
+measures += ["fped", "fped_floor", "fned", "fned_floor"]
+measures = [m for m in measures if m in cells]
+plain = run.frame("plain", lambda: plain_cells[measures].mean().reset_index())
+display(plain.style.hide(axis="index").format(precision=3, na_rep="–"))
+
+
+def groups(case: str) -> pd.DataFrame:
+    rows = parts[case][parts[case]["setting"] == PLAIN]
+    each = pd.concat([bias.by_term(table, least_texts) for _, table in rows.groupby("seed")])
+    return each.groupby("term").mean().reset_index()
+
+
+for case in parts if comments else ():
+    table = run.frame(f"groups-{case.split(': ')[-1]}", partial(groups, case))
+    display(
+        table.style.hide(axis="index").format(precision=2).format("{:,.0f}", subset=["n"]).set_caption(case)
     )
-)
-
-
-# %%
-shares = {k: mitigation.women(t[t["split"] == "train"]) for k, t in tables.items()}
-cells = run.frame("cells", lambda: pd.DataFrame([
-    {"data_name": d, **mitigation.outcome(done[d, at.name, seed], shares[d, seed], at, seed, least_texts)} for d, at, seed in todo
-]))  # fmt: skip
-left_out = sorted({c for x in cells["left_out"] for c in x.split(", ") if c})
-display(Markdown(f"Left out, with fewer than {least_texts} test texts of women or men: {', '.join(left_out) or 'no class'}."))  # fmt: skip
 
 # %% [markdown]
-# ## 3 What every intervention does
-# `excess`: mean over classes of the squared gap TPR(women) − TPR(men), less what drawing the test texts adds to it; 0 on average where there is no gap, however few the texts
-# (its root is on the scale of the gaps). `rms`
-# in table `cells` is the usual root mean square, about its floor where there is no gap. `effect`: against the plain pre-trained model with the data as they are, paired by seed, 95 % over
-# seeds. `needed`: seeds that would tell an effect of this size from none. "rebalanced" repeats texts of the rarer gender (more texts, same classes); "scrubbed" texts are scrubbed for
-# testing too, since the classifier would never see others: a woman's and a man's are then the same text, so their gap is 0 by construction, whatever the classifier, and C2 leaves it out.
-# "random for" a way of pruning removes as many parts of the same layers at random: what it changes, any damage of this size does.
+# **Can the phrases be read?** A classifier that can't tell toxic phrases from others may still react to
+# terms, but that says nothing about bias in telling toxic texts. Phrases must keep the same share of its
+# margin over chance on comments as settings must (`learns`), and be told apart at all (p of the AUC, median
+# over seeds).
 
 # %%
-effects = run.frame("effects", lambda: pd.concat([mitigation.against(own).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
-display(effects.drop(columns="sd").style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–"))  # fmt: skip
-chance = run.frame("beyond_random", lambda: pd.concat([mitigation.beyond_random(own).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
-if len(chance):
-    display(chance.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"]).set_caption("Pruning less as many parts of the same layers at random (change of excess, paired by seed)"))  # fmt: skip
-figure = figures.interventions(effects)
-figures.save(figure, folder / "figures", "interventions")
+accuracy, readable, phrases_say = plain.set_index("data_name")["accuracy"], list(parts), ""
+if comments:
+    own, other = readable
+    p_auc = plain_cells["p_auc"].median()[other]
+    if not (accuracy[other] - 0.5 >= learns * (accuracy[own] - 0.5) > 0 and p_auc < 0.05):
+        readable.remove(other)
+    phrases_say = " Figures on phrases " + ("can be read" if other in readable else "say nothing about bias")
+    phrases_say += (
+        f": accuracy {accuracy[other]:.2f} (comments: {accuracy[own]:.2f}), p of the AUC {p_auc:.2f}."
+    )
+    display(Markdown(f"**{phrases_say.strip()}**"))
 
 # %% [markdown]
-# ## 4 Slight changes of co-occurrence
-# Bias against λ, how far the training share of women of every class is moved towards one half; the number of texts of every class stays, so that with few
-# texts some of the rarer gender are repeated.
+# ## 4 What every intervention does
+# `effect` on `excess`: against the plain pre-trained model with the data as they are, paired by seed, 95 %
+# over seeds. `needed`: seeds that would tell an effect of this size from none. "rebalanced" repeats texts
+# until shares are equal. "scrubbed" texts are scrubbed for testing too, since the classifier would never see
+# others: pairs and phrases are then the same text, without bias whatever the classifier, and D2 leaves that
+# out. "random for" a way of pruning removes as many parts of the same layers at random: what it changes, any
+# damage of this size does.
 
 # %%
-slope = run.frame("slopes", lambda: pd.concat([mitigation.slopes(own, most=slight).assign(data_name=d) for d, own in cells.groupby("data_name", sort=False)]))  # fmt: skip
-figure = figures.bias_against_strength(cells, slight)
-if figure:
-    figures.save(figure, folder / "figures", "co_occurrence")
-slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
-
+by_case = list(cells.groupby("data_name", sort=False))
+kinds = cells.drop_duplicates("setting")[["setting", "upstream", "data", "strength"]]
+changes = pd.concat([effects.against(rows).assign(data_name=case) for case, rows in by_case])
+changes = run.frame("effects", lambda: changes.merge(kinds, on="setting"))
+beyond = [effects.against(rows, classify.RANDOM).assign(data_name=case) for case, rows in by_case]
+beyond = run.frame("beyond_random", lambda: pd.concat(beyond))
+columns = ["data_name", "setting", "seeds", "accuracy", "excess", "effect", "low", "high", "needed"]
+display(changes[columns].style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"]))
+if len(beyond):
+    caption = "Pruning less as many parts of the same layers at random"
+    display(beyond[columns].style.hide(axis="index").format(precision=3).set_caption(caption))
+names = {case: case.split(": ")[-1] + ("" if case in readable else ", near chance") for case in parts}
+ends = changes.assign(panel=changes["data_name"].map(names))
+axis = {"low": "low", "high": "high", "panel": "panel", "xlabel": "change of excess against the plain model"}
+run.figure(figures.intervals(ends[ends["setting"] != PLAIN], "effect", "setting", **axis), "interventions")
 
 # %% [markdown]
-# ## 5 What explains the gaps?
-# gap of a class ~ bias of the model before fine-tuning (see its name below: how much nearer the class' sentence lies to sentences about women, or a ranking of pronouns) + share of women in training + interventions + class; errors
-# clustered by class. `partial_r2`: how much of what all else leaves a term explains. Read it with care: an intervention on the model that shrinks all gaps, of either sign, has
-# no mean effect on a signed gap, while a changed share has; so the verdicts don't rest on it.
-
+# ## 5 Slight changes of co-occurrence
+# Bias against λ, how far the share of every occupation or group is moved: towards one half women, or towards
+# the share of toxic texts among all comments. The number of texts of every occupation or group stays, so
+# texts of the rarer kind are repeated where there are few.
 
 # %%
-@cache  # what is done to the data comes later
-def before(d: str, upstream: str, scale: float, seed: int) -> pd.Series:
-    labels = sorted(tables[d, seed]["label"].unique())
-    return classify.before(classifier, classify.Setting(upstream=upstream, scale=scale), labels, seed)
-
-
-def gaps_of(d: str, at: classify.Setting, seed: int) -> pd.DataFrame:
-    found, _ = classify.rates(done[d, at.name, seed], least_texts)
-    train, _, _ = mitigation.prepared(tables[d, seed], at, seed)
-    own = found[["label", "gap"]].assign(share=found["label"].map(mitigation.women(train)), intrinsic=found["label"].map(before(d, at.upstream, at.scale, seed)))  # fmt: skip
-    return own.assign(data_name=d, upstream=at.upstream, data=at.data, setting=at.name, seed=seed)
-
-
-gaps = run.frame("gaps", lambda: pd.concat([gaps_of(*c) for c in todo], ignore_index=True))
-explained = run.frame("attribution", lambda: pd.concat([mitigation.attribution(own).assign(data_name=d) for d, own in gaps.groupby("data_name", sort=False)]))  # fmt: skip
-display(Markdown(f"Before fine-tuning: {before(class_data[0], 'pretrained', 0.0, class_seeds[0]).name}."))
-explained.style.hide(axis="index").format(precision=3, na_rep="–")
+each = [effects.intervals(effects.slopes(rows, slight)).assign(data_name=case) for case, rows in by_case]
+slope = run.frame("slopes", lambda: pd.concat(each).rename(columns={"effect": "slope"}))
+lines = cells[cells["data"].isin(["none", "co-occurrence"]) & cells["upstream"].isin(slope["upstream"])]
+if len(lines):
+    lines = lines.groupby(["data_name", "upstream", "strength"], sort=False)["excess"].mean().reset_index()
+    lines = lines.assign(panel=lines["data_name"].map(names))
+    axis = {
+        "panel": "panel",
+        "xlabel": "λ: 0 as observed, 1 equal shares",
+        "ylabel": "excess, mean over seeds",
+    }
+    run.figure(figures.lines(lines, "strength", "excess", "upstream", reference=0.0, **axis), "co_occurrence")
+slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"])
 
 # %% [markdown]
 # ## 6 Beside the published figures
-# Full Bias in Bios, from the sources that the table names. Ours are smaller and other texts, half women for testing: what compares is the direction and size of the *changes*.
+# Full Bias in Bios, or Wikipedia comments (`fped` and `fned` per run, over their own terms and phrases), from
+# the sources that the table names. Ours are smaller and other texts: what compares is how much interventions
+# *change*.
 
 # %%
-theirs = pd.read_csv(downstream.published())
-plain = cells[cells["setting"] == "pretrained, none"].groupby("data_name", sort=False)[["accuracy", "rms", "rms_floor"]].mean().reset_index()  # fmt: skip
-ours = plain.rename(columns={"data_name": "what"}).assign(what=lambda t: f"{classifier}, " + t["what"], source="this run")  # fmt: skip
-pd.concat([theirs, ours]).style.hide(axis="index").format(precision=3, na_rep="–")
+theirs = pd.read_csv(data_dir() / ("identity" if comments else "bios") / "published.csv")
+ours = cells[cells["data_name"] == list(parts)[-1]].groupby("setting", sort=False).mean(numeric_only=True)
+if comments:
+    theirs[["fped", "fned"]] = theirs[["fped", "fned"]].div(theirs["runs"], axis=0)
+    on_comments = cells[cells["data_name"] == list(parts)[0]].groupby("setting")["auc"].mean()
+    ours = ours.rename(columns={"auc": "auc_phrases"}).assign(auc=on_comments, runs=len(class_seeds))
+near = "" if list(parts)[-1] in readable else "; phrases: near chance"
+ours = ours.rename_axis("what").reset_index().assign(source=f"this run{near}")
+beside = run.frame("published", lambda: pd.concat([theirs, ours[list(theirs)]], ignore_index=True))
+beside.style.hide(axis="index").format(precision=3, na_rep="–")
 
 # %% [markdown]
-# ## 7 Verdict
-# "Barely", and "do nothing", is within ± a quarter of the plain model's excess, which is about an eighth of the gaps' size; "do nothing" is refuted, and "matter"
-# reproduced, by any change that can be told from 0. `needed`: seeds that would bring one of the two verdicts, whichever is nearer.
+# ## 7 Verdicts
+# Settings whose accuracy keeps less than the share `learns` of the plain model's margin over chance are left
+# out: at chance there are no gaps. Where the plain model has no bias to lower (median p ≥ .05 over seeds),
+# nothing is tested. `bound` is the share `barely` of the plain model's bias: "barely" and "do nothing" mean
+# within ± `bound`, interval and all.
 
 # %%
-classes = {d: tables[d, class_seeds[0]]["label"].nunique() for d in class_data}
-verdicts = run.frame("verdicts", lambda: pd.concat([
-    mitigation.judged(*(t[t["data_name"] == d].drop(columns="data_name") for t in (effects, slope, cells)), classes=classes[d], slight=slight, by_construction=("scrubbed",) if "pair" in tables[d, class_seeds[0]] else ()).assign(data_name=d)
-    for d in class_data
-], ignore_index=True))  # fmt: skip
-verdicts.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"], na_rep="–")
+of_plain = changes[changes["setting"] == PLAIN].set_index("data_name")
+chance = 1 / whole["label"].nunique()
+margin = (changes["accuracy"] - chance) / (changes["data_name"].map(of_plain["accuracy"]) - chance)
+judged = changes[(margin >= learns) & changes["data_name"].isin(readable)]
+bound, p = barely * of_plain["excess"], plain_cells["p"].median()
+biased = (p < 0.05) & (bound > 0)
+paired = {case: bool((rows["pair"] >= 0).all()) for case, rows in parts.items()}
+lost = {
+    case: sorted(set(kinds["setting"]) - set(rows["setting"])) for case, rows in judged.groupby("data_name")
+}
+concluded: list[dict] = []
+
+
+def conclude(number: str, case: str, found: dict, reproduced: bool, refuted: bool, why: str) -> None:
+    said = verdict(reproduced=bool(reproduced), refuted=bool(refuted), biased=bool(biased[case]))
+    why += f"; left out, hardly learns: {', '.join(lost[case])}" if lost[case] else ""
+    why += "" if biased[case] else f"; the plain model shows no bias to lower (p = {p[case]:.2f})"
+    ours = {"ours": found["effect"], "low": found["low"], "high": found["high"]}
+    row = {"id": number + " comments" * comments, "case": case, "claim": CLAIMS[number], **ours}
+    concluded.append({**row, "what": WHAT[number], "verdict": said, "why": why})
+
+
+CLAIMS = {
+    "D1": "Interventions on the model barely change the bias",
+    "D2": "The best intervention on the data lowers bias more than the best on the model",
+    "D3a": "Slight changes of co-occurrence matter",
+    "D3b": "Such changes do nothing once the model is pre-trained",
+    "D4": "Pre-training changes what the data do",
+}
+WHAT = {
+    "D1": "effect on excess, mean of the interventions; lowest and highest end of 95 % over seeds",
+    "D2": "excess that the best one lowers, chosen by the other seeds: data − model; 95 % over seeds",
+    "D3a": "change of excess per λ; 95 % over seeds",
+    "D3b": "change of excess per λ; 95 % over seeds",
+    "D4": "change of excess per λ, pre-trained − randomized; 95 % over seeds",
+}
+
+# %% [markdown]
+# **D1** is reproduced if all interventions on the model stay within ± `bound`, and refuted if one of them
+# lies beyond it. Pruning refutes it only where it also changes more than as many parts at random do.
 
 # %%
-sentence = f"{classifier}. {mitigation.sentence(verdicts)}"
-display(Markdown(sentence))
-
-# %%
-run.finish(
-    sentence=sentence,
-    about=", ".join(class_data),
-    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-    tables={
-        "verdicts": "Claims",
-        "effects": "Every intervention against the plain pre-trained model, paired by seed",
-        "beyond_random": "Pruning less as many parts of the same layers at random, paired by seed",
-        "slopes": "Change of bias per λ, slight changes only",
-        "attribution": "What explains the gaps",
-        "texts": "Texts",
-    },
-    figures={
-        "interventions": "Change of bias and accuracy by intervention",
-        **({"co_occurrence": "Bias against how far shares are moved towards one half"} if figure else {}),
-    },
+control = judged["upstream"].isin(["pretrained", "randomized"]) | judged["upstream"].str.startswith(
+    classify.RANDOM
 )
-sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+on_model = judged[(judged["data"] == "none") & ~control]
+more = beyond.set_index(["data_name", "setting"])[["effect", "low", "high"]].add_prefix("beyond_")
+on_model = on_model.join(more, on=["data_name", "setting"])
+for case, rows in on_model.groupby("data_name", sort=False):
+    whole_model = ~rows["upstream"].isin(classify.PRUNED)  # these aren't mere damage to some parts
+    lower = (rows["high"] < -bound[case]) & (whole_model | (rows["beyond_high"] < 0))
+    higher = (rows["low"] > bound[case]) & (whole_model | (rows["beyond_low"] > 0))
+    inside = (rows["low"] > -bound[case]) & (rows["high"] < bound[case])
+    each = [f"{r.setting} {r.effect:+.4f} (accuracy {r.accuracy:.2f})" for r in rows.itertuples()]
+    each += [
+        f"{r.setting} {r.beyond_effect:+.4f} ({r.beyond_low:+.4f} – {r.beyond_high:+.4f}) beyond random"
+        if r.beyond_effect == r.beyond_effect
+        else f"{r.setting} without random parts beside it, so no evidence against D1"
+        for r in rows[~whole_model].itertuples()
+    ]
+    found = {"effect": rows["effect"].mean(), "low": rows["low"].min(), "high": rows["high"].max()}
+    why = (
+        f"{'; '.join(each)}; plain {of_plain['excess'][case]:.4f} (accuracy {of_plain['accuracy'][case]:.2f})"
+    )
+    conclude("D1", case, found, inside.all(), (lower | higher).any(), why)
+
+# %% [markdown]
+# **D2** is reproduced if the best intervention on the data lowers the bias more than the best on the model,
+# and refuted if it lowers less. The best is chosen by the other seeds. Slight changes of the data alone can't
+# refute it.
+
+# %%
+on_data = judged[(judged["upstream"] == "pretrained") & (judged["data"] != "none")]
+on_data = on_data[~((on_data["data"] == "scrubbed") & on_data["data_name"].map(paired))]
+for case, rows in by_case:
+    model_side, data_side = (t[t["data_name"] == case] for t in (on_model, on_data))
+    if model_side.empty or data_side.empty:
+        continue
+    lowered = [effects.best_lowered(rows, side["setting"]) for side in (data_side, model_side)]
+    found = effects.intervals((lowered[0] - lowered[1]).to_frame()).iloc[0]
+    weak = ((data_side["data"] == "co-occurrence") & (data_side["strength"] <= slight)).all()
+    why = f"chosen among {len(data_side)} on the data and {len(model_side)} on the model"
+    why += (
+        "; scrubbed left out, no bias by construction" if paired[case] and "scrubbed" in data_changes else ""
+    )
+    why += "; slight changes of the data alone, which can't refute it" if weak else ""
+    conclude("D2", case, found, found["low"] > 0, found["high"] < 0 and not weak, why)
+
+# %% [markdown]
+# **D3a** is reproduced by any slope on λ that can be told from 0, and refuted if the change up to `slight`
+# stays within ± `bound`. **D3b** is refuted by any such slope, and reproduced if the change stays within
+# while a randomized model's slope can be told from 0. **D4** is reproduced if both slopes differ, and refuted
+# if they differ by less than `bound`; it doesn't ask where they start.
+
+# %%
+able = judged[judged["data"] == "none"].set_index(["data_name", "upstream"]).index
+known = slope.rename(columns={"slope": "effect"}).set_index(["data_name", "upstream"])
+known = known[known.index.isin(able)]
+starts = changes[changes["data"] == "none"].set_index(["data_name", "upstream"])["excess"]
+for case, rows in by_case:
+    if (case, "pretrained") not in known.index:
+        continue
+    one = known.loc[(case, "pretrained")].to_dict()
+    moves = one["high"] < 0 or one["low"] > 0
+    flat = slight * one["low"] > -bound[case] and slight * one["high"] < bound[case] and not moves
+    conclude(
+        "D3a", case, one, moves, flat, f"about {one['needed']:,.0f} seeds tell a slope of this size from 0"
+    )
+    if (case, "randomized") not in known.index:
+        conclude("D3b", case, one, False, moves, "to be reproduced it needs a randomized model that learns")
+        continue
+    two = known.loc[(case, "randomized")]
+    steep = two["high"] < 0 or two["low"] > 0
+    why = f"randomized {two['effect']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
+    conclude("D3b", case, one, flat and steep, moves, why)
+    both = effects.slopes(rows)
+    found = effects.intervals((both["pretrained"] - both["randomized"]).to_frame()).iloc[0]
+    inside = -bound[case] < found["low"] < 0 < found["high"] < bound[case]
+    why = f"they start from {starts[case, 'pretrained']:.3f} and {starts[case, 'randomized']:.3f}"
+    conclude("D4", case, found, found["low"] > 0 or found["high"] < 0, inside, why)
+
+# %%
+verdicts = pd.DataFrame(concluded, columns=VERDICT_COLUMNS)
+each = [f"{r.case}, {r.id.split()[0]}: {r.claim}: **{r.verdict}**." for r in verdicts.itertuples()]
+none = "No claim can be judged: there is no intervention, or none that learns."
+sentence = f"{classifier}. {' '.join(each) or none}{phrases_say}"
+display(Markdown(sentence))
+verdicts.drop(columns="what").style.hide(axis="index").format(precision=3, na_rep="–")
+
+# %%
+shown_tables = {
+    "plain": "The plain classifier, mean over seeds",
+    "effects": "Every intervention against the plain pre-trained model, paired by seed",
+    "beyond_random": "Pruning less as many parts of the same layers at random, paired by seed",
+    "slopes": "Change of bias per λ, slight changes only",
+    "groups-comments": "The plain classifier by group of comments, mean over seeds",
+    "published": "Beside the figures of others",
+}
+if not comments:
+    del shown_tables["groups-comments"]
+shown_figures = {"interventions": "Change of bias by intervention"}
+shown_figures |= {"co_occurrence": "Bias against how far shares are moved"} if len(lines) else {}
+about = f"toxicity, {task}" if comments else task
+run.finish(sentence, verdicts=verdicts, about=about, tables=shown_tables, figures=shown_figures)

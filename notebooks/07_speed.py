@@ -14,16 +14,16 @@
 # %% [markdown]
 # # How fast, how exact, how reliable: scoring every attention head
 #
-# **What this is.** Head scores are the cost and the weak point of pruning for fairness (Zayed et al., AAAI 2024): the
-# published procedure removes one head at a time, generates, judges, and measures perplexity. This notebook measures
-# what replaces it here, side by side in one run on one machine: time, memory, agreement, standard error, reliability.
+# **What this is.** Head scores are the cost and the weak point of pruning for fairness (Zayed et al., AAAI
+# 2024): one head at a time is removed, texts are written and judged, and perplexity is measured. The loops
+# that anyone would write stand here, and are measured against the module, in one run on one machine.
 #
-# **Claims of this companion.** (1) `exact` gives the loop's own tokens at least 2 – 3 times sooner; (2) `importance`
-# reaches the same standard error at least 15 times sooner, `adaptive` at least 50 times. Each is checked at the end, and shown as
-# missed where it is. Section 7 asks whether the same heads would come out again, with coupled and with independent noise.
+# **Claims of this companion.** (1) `exact` gives the loop's samples at least 2 – 3 times sooner, token for
+# token. (2) `importance` reaches the same standard error of z_bias at least 15 times sooner. (3) Few prompts
+# don't tell the order of heads, by whatever estimator.
 #
-# **Cost.** With the defaults (a tiny model): under a minute on two CPU cores, 1 GB. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 10 minutes on two cores with AMX (several times as long without), 4 GB; exactly: the table of runs in `reports/`.
+# **Cost.** With the defaults (a tiny model): a minute on two CPU cores, 1 GB. `params/smollm2.yaml`: about 10
+# minutes on two cores with AMX (several times as long without), 4 GB.
 #
 # > **Content warning.** Prompts name social groups. No text is shown here.
 
@@ -39,457 +39,302 @@ top_k: int = 50  # sampling, as in the paper
 temperature: float = 1.0
 max_prompt_tokens: int = 22  # prompts are cut to this length, as in the paper
 speed_dtypes: list = ["float32"]  # number formats to time; the last one serves for precision and reliability
-speed_work: list = [[14, 8], [7, 8]]  # prompts × new tokens to time
-speed_layers: int = 2  # layers to time, evenly over the depth; all heads are projected from them
-speed_naive_heads: int = 1  # heads per timed layer for the loops
+speed_work: list = [[14, 8], [7, 8]]  # prompts × new tokens to time: many, few
+speed_layers: int = 2  # layers to time, evenly over the depth; one head of each for the loops
 speed_window: int = 64  # tokens per perplexity window
 speed_tokens: int = 512  # tokens of text for perplexity
-speed_shapes: dict = {"gpt2, 4 of 12 layers": {"n_layer": 4}}  # random weights of GPT-2's shape with changes
-speed_shape_work: list = [7, 4]  # prompts × new tokens for those
 weight_examples: int = 8  # examples for the scores of weights
 weight_at_once: list = [1, 4]  # layers whose scores are held together
-weight_shape: dict = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}  # memory is worked out for this Llama shape (the 8B model of "Breaking Down Bias")  # fmt: skip
-precision_layers: int = 2  # layers whose heads are compared for standard errors and reliability
-precision_prompts: int = 28  # prompts for the loop and exact
-adaptive_prompts: int = 84  # prompts for adaptive, and for importance as reference
-adaptive_first: int = 2  # prompts of each group in the first round
+precision_prompts: int = 28  # prompts for standard errors and reliability
 precision_seeds: list = [0, 1]  # sampling seeds for reliability
-wanted_reliability: float = 0.8  # how many prompts would this take?
+wanted_reliability: float = 0.8  # what a ranking takes
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
-import warnings
-from pathlib import Path
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from IPython.display import Markdown, display
 
-from biasprune import (
-    figures,
-    headscores,
-    judge,
-    lm,
-    measure,
-    prompts,
-    published,
-    record,
-    reliability,
-    speed,
-    weightscores,
-)
+from biasprune import figures
+from biasprune.core import weights
+from biasprune.core.masks import Pruning, masked
+from biasprune.core.model import encode, load, number_format, weight_of
+from biasprune.core.perplexity import mean_nll
+from biasprune.core.run import measured, start
+from biasprune.core.stats import Estimate, Readings, verdict
+from biasprune.measures import judges, prompts
+from biasprune.measures.prose import corpus, prose
+from biasprune.measures.reliability import split_half
+from biasprune.measures.toxicity import toxicity
+from biasprune.methods.heads import single_heads
+from biasprune.papers import claims
 
-warnings.filterwarnings("ignore", message=".*IProgress.*")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 
-# %% [markdown]
-# ## Provenance
-
 # %%
-speed_dtypes = list(dict.fromkeys(lm.number_format(d, device) for d in speed_dtypes))
-config = {name: globals()[name] for name in ["model", "revision", "axis", "prompts_source", "judge_name", "corpus_name", "top_k", "temperature", "max_prompt_tokens", "speed_dtypes", "speed_work", "speed_layers", "speed_naive_heads", "speed_window", "speed_tokens", "speed_shapes", "speed_shape_work", "weight_examples", "weight_at_once", "weight_shape", "precision_layers", "precision_prompts", "adaptive_prompts", "adaptive_first", "precision_seeds", "wanted_reliability"]}  # fmt: skip
-folder = Path(out) if out else Path("runs") / record.slug(f"07_speed-{model}")
-nets = {d: lm.load(model, revision=revision or None, dtype=d, device=device) for d in speed_dtypes}
-net = nets[speed_dtypes[-1]]
-judged_by = judge.load(judge_name, device=str(net.device))
-table = prompts.load(axis, "valid", prompts_source)
-text = prompts.corpus(corpus_name, "valid")
-inputs = {**record.digests({"prompts": table, "prose": text}), "weights": net.revision, "device": record.device_name(net.device)}  # fmt: skip
-run = record.Run(folder, {**config, "inputs": inputs}, notebook="07_speed")
-run.note(provenance=record.provenance(net))
-sampling = {"top_k": top_k, "temperature": temperature, "max_prompt_tokens": max_prompt_tokens}
-facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
-shown = ["name", "class", "revision", "layers", "heads", "parameters", "device", "commit"]
-pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
+run = start("07_speed", globals())
+dtypes = list(dict.fromkeys(number_format(d, device) for d in speed_dtypes))
+nets = {d: load(model, revision=revision or None, dtype=d, device=device) for d in dtypes}
+net = nets[dtypes[-1]]
+judge = judges.load(judge_name, device=str(net.device))
+table, text = prompts.load(axis, "valid", prompts_source), corpus(corpus_name, "valid")
+n_heads, n_layers = net.anatomy.n_flat, net.anatomy.n_layers
+layers = sorted({int((i + 0.5) * n_layers / speed_layers) for i in range(speed_layers)})
+run.inputs(lm=net, prompts=table, prose=text)
 
 # %% [markdown]
-# ## 1 Time for the same samples: z_bias
-# Two loops stand for the published procedure, both with `transformers.generate`: as anyone writes it, and repaired. (Asking a model
-# for the last position's logits alone makes torch copy the unembedding matrix for every row on a CPU, which can take most of the
-# time. The repair avoids that, so `ratio_repaired` says what the methods here gain by themselves.) `naive` is this companion's own
-# loop, which serves as oracle: the same noise, one head at a time, every text judged.
-#
-# Some layers are measured, all heads are projected from them. Ratios are of mean times; their range is over the layers, since a
-# head of a late layer costs less to check than one of an early layer.
+# ## 1 Time for the same samples
+# **The loops.** The published procedure, as anyone writes it with `transformers.generate`: one head at a
+# time, all prompts in one left-padded batch, every row to the last token, every text judged; for perplexity
+# one masked pass over the windows per head. On a CPU, asking for the last position's logits alone makes torch
+# copy the unembedding once per row. The *repaired* loop avoids that, so that `ratio_repaired` says what the
+# methods gain by themselves.
 
 
 # %%
-def timed_work(d: str, n: int, steps: int) -> pd.DataFrame:
-    some = prompts.sample(table, n, seed=0)
-    times = speed.bias_times(
-        nets[d], some, judged_by, layers=speed_layers, naive_heads=speed_naive_heads,
-        max_new_tokens=steps, progress=f"{d}, {n} × {steps}", **sampling,
-    )  # fmt: skip
-    return times.assign(dtype=d, work=f"z_bias, {n} prompts × {steps} tokens")
+def published_loop(net: object, texts: list[str], few: list[Pruning], steps: int, **repair: object) -> None:
+    net.tokenizer.padding_side = "left"
+    how = {"padding": True, "truncation": True, "max_length": max_prompt_tokens}
+    batch = net.tokenizer(texts, return_tensors="pt", return_token_type_ids=False, **how).to(net.device)
+    options = {"do_sample": True, "top_k": top_k, "temperature": temperature, "max_new_tokens": steps}
+    options |= {"min_new_tokens": steps, "pad_token_id": net.tokenizer.pad_token_id, **repair}
+    for head in few:
+        with masked(net, head):
+            written = net.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        judge.scorer(net.tokenizer.batch_decode(written, skip_special_tokens=True))
 
 
-times = run.frame(
-    "bias_times", lambda: pd.concat([timed_work(d, n, s) for d in speed_dtypes for n, s in speed_work])
-)
-losses = run.frame("ppl_times", lambda: pd.concat([
-    speed.perplexity_times(
-        nets[d], measure.windows(nets[d], text, length=speed_window, max_tokens=speed_tokens),
-        layers=speed_layers, naive_heads=speed_naive_heads,
-    ).assign(dtype=d, work=f"z_ppl, {speed_tokens} tokens in windows of {speed_window}")
-    for d in speed_dtypes
-]))  # fmt: skip
-n_heads = net.anatomy.n_flat
+@torch.no_grad()
+def perplexity_loop(net: object, cut: object, few: list[Pruning]) -> list[float]:
+    ids, counted, out = cut.ids.to(net.device), cut.counted.to(net.device), []
+    for head in few:
+        with masked(net, head):
+            out.append(float(net.model(ids, labels=ids.where(counted, -100)).loss.exp()))
+    return out
 
-
-def summed(times: pd.DataFrame, naive: str, heads: int = n_heads) -> pd.DataFrame:
-    parts = [
-        speed.summary(own, heads, naive).assign(dtype=d, work=w)
-        for (d, w), own in times.groupby(["dtype", "work"], sort=False)
-    ]
-    return pd.concat(parts, ignore_index=True)
-
-
-bias_speed = summed(times, speed.GENERATE)
-from_repaired = {"ratio": "ratio_repaired", "ratio_low": "repaired_low", "ratio_high": "repaired_high"}
-bias_speed = bias_speed.join(summed(times, speed.REPAIRED)[list(from_repaired)].rename(columns=from_repaired))
-ppl_speed = summed(losses, "naive")
-columns = ["dtype", "work", "fidelity", "seconds", "peak_mib", "ratio", "ratio_low", "ratio_high"]
-display(bias_speed[[*columns, "ratio_repaired", "same_texts"]].style.hide(axis="index").format(precision=1).format(precision=3, subset="same_texts").set_caption(f"z_bias of {n_heads} heads: seconds, and times faster than the loop"))  # fmt: skip
-ppl_speed[[*columns, "difference"]].style.hide(axis="index").format(precision=1).format("{:.1e}", subset="difference").set_caption(f"z_ppl of {n_heads} heads")  # fmt: skip
 
 # %% [markdown]
-# `same_texts` is the share of texts that `exact` writes, token for token, as the one-by-one oracle does. In float32 it must be 1. In bfloat16
-# two next tokens are often equally likely to the last bit, and the batch decides which one rounding prefers; that is noise, not bias.
-# `difference` is the largest relative difference of a perplexity.
+# **What stands against them.** `exact`: all heads of a layer as rows of one batch, with common random
+# numbers. `importance`: the unpruned model's texts, weighed. `gradient`: the first-order effect of all heads
+# at once. For perplexity, `exact` resumes every pass at its head's layer, `no resume` doesn't. All heads are
+# projected from those of some layers; `ratio` is of mean times, its range is over the layers.
 
 # %%
-figure = figures.speed_ratios(bias_speed[bias_speed["fidelity"] != speed.GENERATE])
-figures.save(figure, folder / "figures", "speed_ratios")
+LOOPS = {"naive: transformers.generate": "", "naive: generate, repaired": "_repaired"}
+named = "z_bias, {} prompts × {} tokens".format
+many, few = named(*speed_work[0]), named(*speed_work[-1])
+
+
+def tox(n: int, steps: int, **more: object) -> object:
+    sampling = {"max_new_tokens": steps, "top_k": top_k, "temperature": temperature, **more}
+    sampling |= {"max_prompt_tokens": max_prompt_tokens, "judge": judges.Judge(judge.name, judge.scorer)}
+    return toxicity(prompts.sample(table, n, seed=0), **sampling)
+
+
+def bias_calls(net: object, single: list, some: list, n: int, steps: int) -> dict:
+    new = partial(tox, n, steps)  # its judge has read nothing
+    whole, once, _ = measured(partial(new().read, net, [Pruning()]), net.device)
+    loop = partial(published_loop, net, new().items["prompt"].tolist(), some, steps)
+    repaired = partial(loop, logits_to_keep=torch.tensor([-1], device=net.device))
+    calls = dict(zip(LOOPS, [(len(some), 0, loop), (len(some), 0, repaired)], strict=True))
+    calls["exact"] = len(single), once, partial(new().read, net, single)
+    calls["importance"] = len(single), once, partial(new().weighed, net, single, whole)
+    return calls | {"gradient": (n_heads, once, partial(new().slopes, net, whole=whole))}
+
+
+def ppl_calls(net: object, single: list, some: list) -> dict:
+    ppl = prose(net, text, length=speed_window, max_tokens=speed_tokens)
+    calls = {"naive": (len(some), 0, partial(perplexity_loop, net, ppl.cut, some))}
+    calls["no resume"] = len(some), 0, lambda: [ppl.read(net, [p]) for p in some]
+    calls["exact"] = len(single), 0, partial(ppl.read, net, single)
+    return calls | {"gradient": (n_heads, 0, partial(ppl.slopes, net))}
+
+
+def layer_timed(d: str, layer: int, *work: int) -> pd.DataFrame:
+    single, rows = single_heads(nets[d], [layer]), []
+    calls = (bias_calls if work else ppl_calls)(nets[d], single, single[:1], *work)
+    for fidelity, (n, once, call) in calls.items():
+        _, seconds, peak = measured(call, net.device)
+        rows.append((d, fidelity, layer, once + seconds * n_heads / n, peak))
+    rows = pd.DataFrame(rows, columns=["dtype", "fidelity", "layer", "seconds", "peak_mib"])
+    ratios = {f"ratio{end}": rows["seconds"][i] / rows["seconds"] for i, end in enumerate(LOOPS.values())}
+    return rows.assign(work=named(*work) if work else f"z_ppl, {speed_tokens} tokens", **ratios)
+
+
+for d in dtypes:  # the first calls pay for what later ones find ready
+    _ = layer_timed(d, 0, speed_work[-1][0], 2), layer_timed(d, 0)
+works = [(*where, *work) for where in product(dtypes, layers) for work in ([], *speed_work)]
+times = run.pieces("times", {str(w): partial(layer_timed, *w) for w in works})
+groups = times.groupby(["dtype", "work", "fidelity"], sort=False)
+speed = groups.agg(seconds=("seconds", "mean"), peak_mib=("peak_mib", "max"))
+for number, ratio in enumerate(["ratio", "ratio_repaired"]):
+    loop = speed.groupby(level=[0, 1])["seconds"].transform(lambda seconds, n=number: seconds.iloc[n])
+    ends = {f"{ratio}_low": groups[ratio].min(), f"{ratio}_high": groups[ratio].max()}
+    speed = speed.assign(**{ratio: loop / speed["seconds"], **ends})
+speed = speed.reset_index()
+is_ppl = speed["work"].str.startswith("z_ppl")
+speed.loc[is_ppl, [c for c in speed if "repaired" in c]] = np.nan  # perplexity has one loop
+ends = {"low": "ratio_low", "high": "ratio_high", "hue": "dtype", "reference": 1.0, "xlabel": "times faster"}
+run.figure(figures.intervals(speed[speed["work"] == many], "ratio", "fidelity", **ends), "speed")
+speed.style.hide(axis="index").format(precision=1, na_rep="–")
 
 # %% [markdown]
-# ## 2 Where the time goes, and what is left
-# The same work again for the heads of the middle layer, watched: seconds per head inside the layers, the unembedding and the judge;
-# `rest` is drawing tokens, losses, copying caches, and Python. What is done once for all heads is left out.
+# **Are they the same samples?** In float32 heads as rows must write what one head at a time writes. In
+# bfloat16 two tokens are often equally likely to the last bit, and the batch decides how it is rounded:
+# noise, not bias.
 
 
 # %%
-def watched(d: str, n: int, steps: int) -> pd.DataFrame:
-    some = prompts.sample(table, n, seed=0)["prompt"]
-    windows = measure.windows(nets[d], text, length=speed_window, max_tokens=speed_tokens)
-    how = {"naive_heads": speed_naive_heads, "max_new_tokens": steps, **sampling}
-    spent = speed.profile(nets[d], some, judged_by, windows, **how)
-    bias, loss = f"z_bias, {n} prompts × {steps} tokens", f"z_ppl, {speed_tokens} tokens"
-    return spent.assign(dtype=d, work=np.where(spent["score"] == "z_bias", bias, loss))
+def agreement(d: str) -> tuple[float, float]:
+    some, bias = single_heads(nets[d], layers)[::2], tox(*speed_work[-1])
+    alone = pd.concat([bias.read(nets[d], [pruning]) for pruning in some])["tokens"].to_numpy()
+    ppl = prose(nets[d], text, length=speed_window, max_tokens=speed_tokens)
+    apart = ppl.readings(ppl.read(nets[d], some)).bias() / perplexity_loop(nets[d], ppl.cut, some) - 1
+    return (bias.read(nets[d], some)["tokens"].to_numpy() == alone).mean(), np.abs(apart).max()
 
 
-parts = run.frame(
-    "profile",
-    lambda: (
-        pd.concat([watched(d, n, s) for d in speed_dtypes for n, s in speed_work])
-        .drop_duplicates(["dtype", "work", "fidelity"])
-        .drop(columns="score")
-    ),
-)
-parts["per_head"] = parts[list(speed.PARTS)].sum(axis=1)
-parts[["dtype", "work", "fidelity", "per_head", *speed.PARTS]].style.hide(axis="index").format(
-    precision=3
-).set_caption("Seconds per head of the middle layer")
-
-# %%
-figure = figures.time_parts(parts, speed.PARTS)
-figures.save(figure, folder / "figures", "time_parts")
+same = {d: agreement(d) for d in dtypes}
+assert "float32" not in same or same["float32"][0] == 1 and same["float32"][1] < 1e-5
+agrees = [same[d][ppl] for d, ppl in zip(speed["dtype"], is_ppl.astype(int), strict=True)]
+speed["agreement"] = np.where(speed["fidelity"] == "exact", agrees, np.nan)
+speed["agreement_is"] = np.where(is_ppl, "largest difference of perplexity", "share of texts as one by one")
+speed["naive"] = np.where(is_ppl, "one masked pass over the windows per head", "one masked generate per head")
+speed["model"], speed["device"] = model, run.record["provenance"]["device"]
+run.frame("speed", lambda: speed.drop(columns=["ratio_repaired_low", "ratio_repaired_high"]))
+pd.DataFrame(same, index=["share of texts as one by one", "largest difference of perplexity"])
 
 # %% [markdown]
-# Resuming at the head's layer takes away half of the time in the layers, and nothing else: the unembedding and the loss read the last
-# layer. The most that it can gain for z_ppl is therefore
+# ## 2 Scores of single weights
+# SNIP, Σ over examples |W · ∂L/∂W|, of every weight. The loop runs one backward pass per example, and holds
+# the scores of all layers. The module gets a batch's examples from one backward pass, some layers at a time.
+
 
 # %%
-loop = parts[(parts["fidelity"] == "naive")]
-limit = loop["per_head"] / (loop["per_head"] - loop["layers"] / 2)
-run.frame("limit", lambda: loop[["dtype", "work"]].assign(limit=limit))
-loop[["dtype", "work"]].assign(limit=limit).style.hide(axis="index").format(precision=2)
+def snip_loop(net: object, of: object) -> dict:
+    modules = {k: m for layer in range(n_layers) for k, m in weights.linears(net, layer).items()}
+    leaves, scores = [m.weight.requires_grad_() for m in modules.values()], dict.fromkeys(modules, 0.0)
+    for row in range(len(of.ids)):
+        loss = mean_nll(net, of.ids[row : row + 1].to(net.device), of.counted[row : row + 1]).sum()
+        for (name, module), slope in zip(modules.items(), torch.autograd.grad(loss, leaves), strict=True):
+            scores[name] = scores[name] + (module.weight.detach().float() * slope.float()).abs()
+    net.model.requires_grad_(False)
+    return {k: s if weight_of(modules[k]) is modules[k].weight else s.T for k, s in scores.items()}
+
+
+def snip_difference(at_once: int) -> float:
+    scored = (item for layer in weights.snip(net, of, at_once=at_once) for item in layer.items())
+    return max(float((score - oracle[k]).abs().max() / oracle[k].max()) for k, score in scored)
+
+
+some = prompts.sample(table, weight_examples, seed=0)["prompt"].tolist()
+of = weights.examples(encode(net, some), encode(net, [f" {text[:200]}"] * len(some), special=False))
+oracle = snip_loop(net, of)
+_, *cost = measured(partial(snip_loop, net, of), net.device)
+rows = [("loop: one backward pass per example, scores of all layers held", np.nan, *cost)]
+for n in weight_at_once:
+    rows.append((f"snip, {n} layers at once", *measured(partial(snip_difference, n), net.device)))
+snip = pd.DataFrame(rows, columns=["method", "difference", "seconds", "peak_mib"]).assign(dtype=dtypes[-1])
+snip = run.frame("weights", lambda: snip.assign(ratio=snip["seconds"].iloc[0] / snip["seconds"]))
+snip.style.hide(axis="index").format(precision=1).format("{:.0e}", subset="difference")
 
 # %% [markdown]
-# times the loop, on average over layers, whatever the code. (With a larger model the vocabulary weighs less, and the limit nears 2.) For
-# z_bias `exact` pays for one pass over prompt and text from the head's layer on, all tokens at once, and then writes what changed,
-# token by token; both run at the speed of the matrix products. What it saves are the layers below the head, the tokens that stay
-# the same, and texts that were judged before.
+# ## 3 Time to the same standard error
+# A user waits for a standard error of z_bias, not for samples. The loop draws fresh noise for every head, so
+# an effect carries the noise of two runs. With common random numbers most texts stay as they are; weights
+# take away what is left. Time × squared standard error doesn't depend on the number of prompts: `gain` is the
+# loop's over the method's. Standard errors draw prompts, intervals of the gain draw heads.
+
+# %%
+single = single_heads(net, layers)
+LOOP, METHODS = "loop, independent noise", ["loop, independent noise", "exact", "importance", "gradient"]
+
+
+def estimated(method: str, seeds: list) -> Readings:
+    bias = tox(precision_prompts, speed_work[0][1], seeds=seeds, coupled=method != LOOP)
+    whole = bias.read(net, [Pruning()])
+    if method == "gradient":
+        return bias.first_order(net, whole=whole)[["", *map(str, single)]]
+    if method == "importance":
+        return bias.readings(pd.concat([whole.assign(weight=1.0), bias.weighed(net, single, whole)]))
+    return bias.readings(pd.concat([whole, bias.read(net, single)]))
+
+
+def precise(method: str) -> pd.DataFrame:
+    readings, seconds, _ = measured(partial(estimated, method, [0]), net.device)
+    seconds *= 1 if method == "gradient" else n_heads / len(single)
+    draws, scores = readings.draws(), {"flat": readings.prunings[1:], "z_bias": readings.z()}
+    scores["z_bias_se"] = (draws[:, :1] - draws[:, 1:]).std(0, ddof=1)
+    return pd.DataFrame(scores).assign(method=method, seconds=seconds)
+
+
+scores = run.pieces("precision_scores", {m: partial(precise, m) for m in METHODS})
+squared = scores.pivot(index="flat", columns="method", values="z_bias_se") ** 2
+drawn = np.random.default_rng(0).integers(len(squared), size=(2000, len(squared)))
+draws = {m: squared[m].to_numpy()[drawn].mean(1) for m in METHODS}
+seconds = scores.groupby("method")["seconds"].first()
+
+
+def gain(loop: str, method: str) -> dict:
+    timed = speed[(speed["work"] == many) & (speed["dtype"] == dtypes[-1])].set_index("fidelity")
+    seconds[LOOP] = timed["seconds"][loop] * precision_prompts / speed_work[0][0]
+    ratio = Estimate(squared[LOOP].mean() / squared[method].mean(), draws[LOOP] / draws[method])
+    row = {"method": method, "against": loop, "seconds": seconds[method], "se": squared[method].mean() ** 0.5}
+    return row | (ratio * (seconds[LOOP] / seconds[method])).row("gain", basic=False)
+
+
+precision = run.frame("precision", lambda: pd.DataFrame([gain(*pair) for pair in product(LOOPS, METHODS)]))
+precision.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
-# ## 3 Other shapes, and how cost grows
-# Random weights of GPT-2's shapes, with the vocabulary of the model above: the text is senseless, and few tokens change when a head
-# goes, which flatters `exact`; the other times are those of the shape. Costs grow with heads (number of passes), prompts and
-# tokens (length of each).
-
+# **Reliability.** Would the same heads come out again? `r` is the correlation of z_bias between random halves
+# of the prompts, stepped up to all of them (Spearman – Brown); intervals draw heads. Near 0, the order of
+# heads is noise.
 
 # %%
-def shape(changes: dict) -> lm.LM:
-    torch.manual_seed(0)
-    made = transformers.GPT2Config(vocab_size=len(net.tokenizer), **changes)
-    body = transformers.GPT2LMHeadModel(made).to(net.device, net.dtype)
-    return lm.wrap(body, net.tokenizer, name="random weights")
-
-
-def timed_shape(name: str, changes: dict) -> pd.DataFrame:
-    n, steps = speed_shape_work
-    body, some = shape(changes), prompts.sample(table, n, seed=0)
-    options = {"layers": 2, "naive_heads": 1, "max_new_tokens": steps, **sampling}
-    times = speed.bias_times(body, some, judged_by, progress=name, **options)
-    own = speed.summary(times, body.anatomy.n_flat)
-    return own.assign(shape=name, heads=body.anatomy.n_flat, work=f"z_bias, {n} prompts × {steps} tokens")
-
-
-shapes = run.frame("shapes", lambda: pd.concat([timed_shape(k, v) for k, v in speed_shapes.items()]))
-shapes[["shape", "heads", "work", "fidelity", "seconds", "ratio", "ratio_low", "ratio_high"]].style.hide(
-    axis="index"
-).format(precision=1)
+halves = pd.DataFrame([split_half(estimated(m, precision_seeds)) for m in METHODS])
+reliability = run.frame("reliability", lambda: halves.assign(scores=METHODS, prompts=precision_prompts))
+reliability.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
-# **Against the machine.** The share of what a large matrix product reaches here: 2 × parameters × tokens operations, prompts and new
-# tokens both counted, over the time that `exact` took. Tokens that replay didn't have to compute count as computed, so this is
-# the share that a loop would need to be as fast.
+# ## 4 Verdict
+# A goal is reached if the lowest end of the range reaches it, and missed if the highest doesn't. S11 is
+# reached if reliability stays below its goal.
 
 # %%
-ids = [len(x) for x in net.tokenizer(list(table["prompt"]))["input_ids"]]
-size = sum(p.numel() for p in net.model.parameters())
-roof = pd.DataFrame([
-    {"dtype": d, "work": f"z_bias, {n} prompts × {s} tokens", "peak": speed.matmul_peak(net.device, getattr(torch, d)),
-     "operations": 2.0 * size * n * (np.mean(ids) + s) * n_heads}
-    for d in speed_dtypes for n, s in speed_work
-]).merge(bias_speed[bias_speed["fidelity"] == "exact"][["dtype", "work", "seconds"]])  # fmt: skip
-roof["share"] = roof["operations"] / roof["seconds"] / roof["peak"]
-roof.style.hide(axis="index").format(precision=2).format("{:.2e}", subset=["peak", "operations"])
-
-# %% [markdown]
-# ## 4 Scores of single weights
-# SNIP, Σ over examples |W · ∂L/∂W|, of every weight (see 02_neuron_pruning): the loop that the published code writes runs one backward pass per
-# example and holds the scores of all layers; here a batch's examples come from one backward pass, some layers at a time. `difference`: the largest,
-# relative to a matrix's largest score. `estimate_mib` is worked out from the shape alone; beside what was measured it says how far the
-# estimate for a larger shape can be trusted. (On a CPU the peak also depends on what ran before.)
-
-
-# %%
-def weighed() -> pd.DataFrame:
-    some = list(prompts.sample(table, weight_examples, seed=0)["prompt"])
-    own = weightscores.examples(nets[speed_dtypes[0]], some, [" " + text[:200]] * len(some))
-    return speed.weight_times(nets[speed_dtypes[0]], own, weight_at_once).assign(dtype=speed_dtypes[0])
-
-
-weights = run.frame("weights", weighed)
-columns = ["dtype", "method", "seconds", "ratio", "peak_mib", "estimate_mib", "difference"]
-display(weights[columns].style.hide(axis="index").format(precision=1, na_rep="–").format("{:.1e}", na_rep="–", subset="difference"))  # fmt: skip
-
-# %%
-with torch.device("meta"):
-    shape_8b = transformers.LlamaForCausalLM(transformers.LlamaConfig(**weight_shape)).to(torch.bfloat16)
-needs = [
-    {"layers at once": n, **weightscores.memory(shape_8b, lm.anatomy(shape_8b), at_once=n)}
-    for n in (1, 2, 4, weight_shape["num_hidden_layers"])
-]
-needs = run.frame("weight_memory", lambda: pd.DataFrame(needs).assign(total=lambda t: t.drop(columns="layers at once").sum(axis=1)))  # fmt: skip
-needs.style.hide(axis="index").format(precision=1).set_caption("Worked out, not measured: GiB for SNIP scores of a Llama of 8B parameters in bfloat16, three sets of examples side by side")  # fmt: skip
-
-# %% [markdown]
-# ## 5 Time to the same standard error
-# What a user waits for is not samples but a standard error of z_bias. The loop draws fresh noise for every head, so a head's
-# effect carries the noise of two runs. With coupled noise most texts stay as they are; importance weights also take away what is
-# left of the sampling noise in each; `adaptive` spends first-order effects on many prompts and weights on few.
-#
-# Standard errors are bootstrap ones over prompts. Time × squared standard error wouldn't depend on the number of prompts if
-# standard errors fell with its root; `importance` on few and on more prompts shows how far that holds. `adaptive` stops where its
-# standard errors look small, which flatters it. Intervals of the gain are over heads alone,
-# so they leave out what other prompts or another run would change.
-
-# %%
-heads = [h for layer in speed.layers_of(net, precision_layers) for h in layer]
-small, large = (prompts.sample(table, n, seed=0) for n in (precision_prompts, adaptive_prompts))
-windows = measure.windows(net, text, length=2, max_tokens=2)  # z_ppl was timed by itself
-steps = speed_work[0][1]
-options = {"heads": heads, "max_new_tokens": steps, "first": adaptive_first, "progress": False, **sampling}
-plans = {
-    "loop, independent noise": (small, {"fidelity": "exact", "coupled": False}),
-    "exact": (small, {"fidelity": "exact"}),
-    "importance": (small, {"fidelity": "importance"}),
-    "gradient": (small, {"fidelity": "gradient"}),
-    "adaptive": (large, {"fidelity": "adaptive"}),
-    "importance, more prompts": (large, {"fidelity": "importance"}),
-}
-
-
-def one_plan(name: str) -> pd.DataFrame:
-    some, how = plans[name]
-    got = headscores.samples(net, some, judged_by.emptied(), windows, **options, **how)
-    spent = {**got.seconds, "perplexity": 0.0}
-    once = spent["unpruned"] + spent.get("slopes", 0.0) + (spent["heads"] if name == "gradient" else 0.0)
-    each = (sum(spent.values()) - once) / len(heads)
-    return got.frame().assign(method=name, seconds=once + each * n_heads)
-
-
-precise = run.frame("precision_scores", lambda: pd.concat([one_plan(p) for p in plans], ignore_index=True))
-frames = {name: part.reset_index(drop=True) for name, part in precise.groupby("method", sort=False)}
-seconds = {name: float(part["seconds"].iloc[0]) for name, part in frames.items()}
-per_text = times[times["dtype"] == speed_dtypes[-1]].groupby(["work", "fidelity"], sort=False)["per_head"]
-work = f"z_bias, {speed_work[0][0]} prompts × {steps} tokens"
-scale = precision_prompts / speed_work[0][0] * n_heads
-gains = run.frame("precision", lambda: pd.concat([
-    speed.precision(frames, {**seconds, "loop, independent noise": per_text.mean()[work, loop] * scale}, "loop, independent noise").assign(against=loop)
-    for loop in speed.NAIVE
-]))  # fmt: skip
-counts = {name: f"{len(plans[name][0])} prompts" for name in plans}
-gains.assign(prompts=gains["method"].map(counts)).style.hide(axis="index").format(precision=3).format(
-    precision=1, subset=["seconds", "gain", "gain_low", "gain_high", "gain_median"]
-).set_caption(f"Seconds for {n_heads} heads; gain: how many times sooner the same standard error is reached")
-
-# %%
-figure = figures.precision_against_time(gains[gains["against"] == speed.GENERATE])
-figures.save(figure, folder / "figures", "precision_against_time")
-
-# %% [markdown]
-# The times of `loop` are those of the loops of section 1 on as many prompts; its scores were drawn with heads as rows and independent
-# noise; the loop writes every row to the last token, the others stop at the end of the text. z_ppl isn't part of these times.
-#
-# ## 6 Are the cheap scores right?
-# Rank correlation of z_bias with the importance estimate on more prompts, and overlap of the top fifth of heads, against chance.
-# The reference has the few prompts among its own, and `adaptive` has all of its prompts, so agreement is somewhat flattered. Noise
-# limits it: section 7 has the ceiling. Where `ess` is low, the head changes the model so much that weights know little of it;
-# `adaptive` writes new texts for such heads. Standard errors don't contain a method's own bias: `gradient` is first-order, and
-# `importance` knows only tokens that are among the unpruned model's k likeliest.
-
-
-# %%
-def against(name: str) -> dict:
-    reference, own = frames["importance, more prompts"]["z_bias"], frames[name]["z_bias"]
-    both = reliability.agreement([own, reference], n_boot=500)
-    overlap = reliability.top_overlap(own, reference, max(1, len(own) // 5))
-    ess = frames[name]["ess"]
-    return {"method": name, **both, **overlap, "ess_median": ess.median(), "ess_lowest": ess.min()}
-
-
-cheap = run.frame(
-    "agreement", lambda: pd.DataFrame([against(n) for n in frames if n != "importance, more prompts"])
-)
-display(
-    cheap.drop(columns="repetitions")
-    .style.hide(axis="index")
-    .format(precision=2)
-    .set_caption("Agreement with importance on more prompts")
-)
-exact_frame, weak = frames["exact"], frames["importance"]["ess"] < 0.5
-apart = pd.DataFrame({
-    "heads": ["ess ≥ .5", "ess < .5"],
-    "n": [int((~weak).sum()), int(weak.sum())],
-    "mean |importance − exact|": [(frames["importance"]["z_bias"] - exact_frame["z_bias"]).abs()[m].mean() for m in (~weak, weak)],
-    "mean |gradient − exact|": [(frames["gradient"]["z_bias"] - exact_frame["z_bias"]).abs()[m].mean() for m in (~weak, weak)],
-    "standard error of exact": [exact_frame["z_bias_se"][m].mean() for m in (~weak, weak)],
-})  # fmt: skip
-apart.style.hide(axis="index").format(precision=3).set_caption("Where they fail: by effective sample size")
-
-# %% [markdown]
-# ## 7 Reliability: coupled against independent noise, same prompts
-# Would the same heads come out again? `split_half` compares halves of the prompts, stepped up to all of them (Spearman – Brown);
-# `seeds` compares seeds on the same prompts. `needed` says how many prompts a wanted reliability would take, for one seed
-# and for ten. A reliability near 0 means that this many prompts tell nothing about the order of heads; where the interval of
-# `split_half` holds 0 there is nothing to project (–).
-# `published budget` steps the reliability up to the 10,168 prompts of the paper's gender axis, as a projection.
-
-
-# %%
-def reliable(name: str, how: dict, some: pd.DataFrame = small) -> dict:
-    own = {**options, **how, "seeds": precision_seeds}
-    got = headscores.samples(net, some, judged_by.emptied(), windows, **own)
-    values, sizes = got.arrays()
-    bias = measure.group_bias(values.swapaxes(0, 1), some["bucket"], some["weight"], sizes.swapaxes(0, 1))
-    halves = reliability.half_scores(values.mean(1), some["bucket"], some["weight"], sizes.mean(1))
-    return reliability.row(name, halves, bias[:, :1] - bias[:, 1:], len(some), wanted_reliability)
-
-
-ours = run.frame("reliability", lambda: pd.DataFrame([
-    reliable("independent noise", {"fidelity": "exact", "coupled": False}),
-    reliable("coupled noise (exact)", {"fidelity": "exact"}),
-    reliable("coupled noise (importance)", {"fidelity": "importance"}),
-    reliable("coupled noise (gradient)", {"fidelity": "gradient"}),
-    reliable("coupled noise (importance)", {"fidelity": "importance"}, large),
-    reliable("coupled noise (gradient)", {"fidelity": "gradient"}, large),
-    reliable("coupled noise (gradient)", {"fidelity": "gradient", "heads": None}, large),
-]))  # fmt: skip
-ours.style.hide(axis="index").format(precision=2, na_rep="–").format(precision=0, thousands=",", na_rep="–", subset=["prompts", "needed_1_seed", "needed_10_seeds"])  # fmt: skip
-
-# %%
-theirs = run.frame("published", lambda: pd.DataFrame([
-    {"scores": f"{m} (published)", **published.seeds(published.read(m))} for m in published.models()
-]))  # fmt: skip
-display(Markdown(
-    "The published scores (independent noise, three seeds, about 10,000 prompts), read from the authors' repository: mean correlation between seeds of z_bias, gender axis."
-    if len(theirs) else "The published scores aren't at hand (`BIASPRUNE_PUBLISHED` names no folder): this part is left out."
-))  # fmt: skip
-theirs.style.hide(axis="index").format(precision=2)
-
-# %% [markdown]
-# ## 8 Verdict
-# A goal is reached if the lowest of the range reaches it, missed if the highest doesn't, and undecided between. `low` and `high` are the range over layers or, for standard errors, 95 % over heads.
-
-# %%
-most, few = speed_work[0], speed_work[-1]
-goals = [
-    (f"exact, z_bias, {most[0]} prompts: time for the same samples", "exact", most, 2),
-    (f"importance, {most[0]} prompts: time for the same samples", "importance", most, 3),
-    (f"gradient, {most[0]} prompts: time for all heads", "gradient", most, 100),
-]
-if few != most:
-    goals.insert(1, (f"exact, z_bias, {few[0]} prompts: time for the same samples", "exact", few, 3))
-    goals.insert(3, (f"importance, {few[0]} prompts: time for the same samples", "importance", few, 5))
+goals = {("exact", many): ("S1", 2), ("importance", many): ("S3", 3), ("gradient", many): ("S5", 100)}
+goals |= {("exact", few): ("S2", 3), ("importance", few): ("S4", 5)} if few != many else {}
+goals |= {("exact", speed["work"][is_ppl].iloc[0]): ("S6", 2)}
 rows = []
-for claim, name, (n, s), goal in goals:
-    at = bias_speed[
-        (bias_speed["fidelity"] == name) & (bias_speed["work"] == f"z_bias, {n} prompts × {s} tokens")
-    ]
-    rows += [{"claim": claim, "dtype": r.dtype, "goal": goal, "measured": r.ratio, "low": r.ratio_low, "high": r.ratio_high, "against repaired loop": r.ratio_repaired, "repaired_low": r.repaired_low, "repaired_high": r.repaired_high} for r in at.itertuples()]  # fmt: skip
-for r in ppl_speed[ppl_speed["fidelity"] == "exact"].itertuples():
-    rows.append({"claim": "exact, z_ppl: time for the same windows", "dtype": r.dtype, "goal": 2, "measured": r.ratio, "low": r.ratio_low, "high": r.ratio_high})  # fmt: skip
-for name, goal in (("importance", 15), ("adaptive", 50)):
-    g, m = (gains[(gains["method"] == name) & (gains["against"] == k)].iloc[0] for k in speed.NAIVE)
-    rows.append({"claim": f"{name}: time to the same standard error", "dtype": speed_dtypes[-1], "goal": goal, "measured": g["gain"], "low": g["gain_low"], "high": g["gain_high"], "against repaired loop": m["gain"], "repaired_low": m["gain_low"], "repaired_high": m["gain_high"]})  # fmt: skip
-verdicts = pd.DataFrame(rows)
-verdicts["verdict"] = speed.reached(verdicts["goal"], verdicts["low"], verdicts["high"])
-verdicts["repaired"] = speed.reached(verdicts["goal"], verdicts["repaired_low"], verdicts["repaired_high"])
-run.frame("verdicts", lambda: verdicts)
-verdicts.style.hide(axis="index").format(precision=1, na_rep="–")
-
-# %%
-counts = {
-    "transformers.generate as it is": verdicts["verdict"].value_counts(),
-    "the repaired loop": verdicts["repaired"]
-    .drop(verdicts.index[verdicts["repaired"] == "–"])
-    .value_counts(),
-}
-told = [f"{c.get('reached', 0)} of {c.sum()} goals of speed reached against {loop}, {c.get('undecided', 0)} undecided" for loop, c in counts.items()]  # fmt: skip
-sentence = f"{model} on {facts['device']}: {'; '.join(told)}."
-display(Markdown(sentence))
-float32 = bias_speed[(bias_speed["dtype"] == "float32") & (bias_speed["fidelity"] == "exact")]
-assert (float32["same_texts"] == 1).all(), "in float32, exact must give the loop's own texts"
-assert (ppl_speed["difference"].dropna()[ppl_speed["dtype"] == "float32"] < 1e-5).all()
-
-# %%
-rows = pd.concat([
-    bias_speed.assign(model=model, naive=speed.NAIVE[speed.GENERATE], agreement=bias_speed["same_texts"], agreement_is="share of texts that are the oracle's"),
-    ppl_speed.assign(model=model, naive="one masked pass over the windows per head", agreement=ppl_speed["difference"], agreement_is="largest relative difference of perplexity"),
-    shapes.assign(model=shapes["shape"] + ", random weights", dtype=speed_dtypes[-1], naive=speed.NAIVE[speed.GENERATE], agreement=shapes["same_texts"], agreement_is="share of texts that are the oracle's"),
-])  # fmt: skip
-run.frame("speed", lambda: rows.assign(device=facts["device"])[["device", "model", "dtype", "work", "fidelity", "seconds", "peak_mib", "ratio", "ratio_low", "ratio_high", "ratio_repaired", "agreement", "agreement_is", "naive"]])  # fmt: skip
-run.finish(
-    sentence=sentence,
-    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-    tables={
-        "verdicts": "Goals and what was measured (times faster; low and high are over layers or, for standard errors, 95 % over heads)",
-        "profile": "Where the time goes: seconds per head of the middle layer",
-        "limit": "The most that resuming at the head's layer can gain for z_ppl, times the loop",
-        "weights": "SNIP scores of all weights against the direct loop",
-        "weight_memory": "Worked out, not measured: GiB for SNIP scores of a Llama of 8B parameters in bfloat16, by layers held at once",
-        "reliability": "Reliability of z_bias, coupled against independent noise, same prompts",
-        "published": "Agreement between the published seeds",
-    },
-    figures={
-        "time_parts": "Where the time per head goes, in percent of the repaired loop's, per fidelity and work",
-        "precision_against_time": "Standard error of z_bias against the time for all heads, per method",
-    },
-)
-sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+for (_, r), (loop, end) in product(speed.iterrows(), LOOPS.items()):
+    name, goal = goals.get((r["fidelity"], r["work"]), ("", 0))
+    ours = [r[f"ratio{end}{side}"] for side in ("", "_low", "_high")]
+    what = f"times faster than {r['naive'] if name == 'S6' else loop}; range over layers"
+    if name and np.isfinite(ours[0]):
+        rows.append((name + end.replace("_", " "), r["dtype"], *ours, goal, what))
+for _, r in precision[precision["method"] == "importance"].iterrows():
+    what = f"times sooner than {r['against']}; 95 % over heads"
+    name = "S7" + LOOPS[r["against"]].replace("_", " ")
+    rows.append((name, dtypes[-1], *r[["gain", "gain_low", "gain_high"]], 15, what))
+if "float32" in same:
+    rows.append(("S9", "", *[same["float32"][0]] * 3, 1, "share of texts that one head at a time gives"))
+for _, r in reliability[reliability["scores"].isin([LOOP, "exact"])].iterrows():
+    what = f"reliability, {precision_prompts} prompts; 95 % over heads"
+    rows.append(("S11", r["scores"], *r[["r", "low", "high"]], wanted_reliability, what))
+verdicts = pd.DataFrame(rows, columns=["id", "case", "ours", "low", "high", "goal", "what"])
+above, below = verdicts["low"] >= verdicts["goal"], verdicts["high"] < verdicts["goal"]
+reached = np.where(verdicts["id"] == "S11", [below, above], [above, below])
+verdicts["verdict"] = [verdict(reproduced=yes, refuted=no) for yes, no in reached.T]
+verdicts["claim"] = verdicts["id"].map(claims.known().set_index("id")["claim"])
+verdicts["why"] = "on " + speed["device"][0]
+counts = verdicts["verdict"].value_counts()
+sentence = f"{model} on {speed['device'][0]}: {', '.join(f'{n} goals {v}' for v, n in counts.items())}."
+shown = {"speed": "Seconds for all heads, and times faster than the loop", "weights": "SNIP against the loop"}
+shown |= {"precision": "Time to the same standard error", "reliability": "Reliability of z_bias, split half"}
+run.finish(sentence, verdicts=verdicts, tables=shown, figures={"speed": "Times faster than the loop"})
+verdicts.drop(columns=["claim", "why"]).style.hide(axis="index").format(precision=1)

@@ -14,22 +14,28 @@
 # %% [markdown]
 # # Where should one fight bias? Heads, neurons and fine-tuning data on one yardstick
 #
-# **Papers.** FASP (Zayed et al., AAAI 2024) prunes attention heads, *Breaking Down Bias* (Ma et al., FAccT 2025) neurons, *Downstream bias mitigation* (Baksi et al., 2024)
-# changes the data that a classifier is fine-tuned on. Each has its own measure, model and texts.
+# **Papers.** FASP (Zayed et al., AAAI 2024) prunes attention heads, *Breaking Down Bias* (Ma et al., FAccT
+# 2025) prunes neurons, and *Downstream bias mitigation* (Baksi et al., 2024) changes the data that a
+# classifier is fine-tuned on. Each has its own measure, model and texts.
 #
-# **What is done here.** One model, one measure, the same sentences for three ways. Given sentences such as "The nurse said that", how far do the odds of *she* against *he*
-# follow an occupation's share of women? `bias` is the slope of the pronouns' log-odds on the share's: 0, the occupation doesn't decide; 1, it does as among the people who work there. Each way may use the
-# sentences of one context, *speech*, about one half of 58 occupations. It is judged by other sentences of that
-# context, and by other contexts (*possession*: her or his; *welcome*: her or him; *story*), about the other half. In *names* the first name tells the gender: there a
-# pronoun that follows is right, and should stay. Beside each way stands its control: as many heads or neurons at random, or as many texts whose pronouns are the model's own.
+# **Questions.** Here all three meet one model, one measure and the same sentences. Does each way lower the
+# bias, more than its control does? Does that fade in other contexts, as the second paper has it? Does data
+# do more than the model's parts, as the third paper says of classifiers?
 #
-# **Questions**, after the papers: Does each way lower the bias, more than its control? Does that fade in other contexts, as the second paper has it for its own? Does data do more
-# than the model's parts? (The third paper says so of classifiers; here the language model itself learns from balanced texts.)
+# **Measure.** After sentences such as "The nurse said that", how far do the odds of *she* against *he*
+# follow an occupation's share of women? The bias is the slope of the pronouns' log-odds on the log-odds of
+# that share: at 0 the occupation doesn't decide; at 1 a nurse is *she* as often as nurses are women.
 #
-# **Cost.** With the defaults (a tiny model): about a minute on two CPU cores, 1 GB. Fine-tuning takes 16 bytes of memory per weight. `params/smollm2.yaml`, the default of `make reproduce`:
-# about 13 minutes on one core with AMX (several times as long without), 5 GB; exactly: the table of runs in `reports/`.
+# **Design.** A way may use the sentences of one context, *speech*, about one half of 58 occupations. It is
+# judged by other sentences about the other half, in *speech* and in three other contexts. In *names*, a
+# first name tells the gender: there a pronoun that follows the name is right, and that slope should stay.
 #
-# > **Content warning.** Sentences are about occupations and gender, women and men only, as in the studies they come from.
+# **Cost.** With the defaults (a tiny model) about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`:
+# about 13 minutes on one core with AMX (several times as long without), 5 GB. Fine-tuning takes 16 bytes
+# per weight.
+#
+# > **Content warning.** Sentences are about occupations and gender, women and men only, as in the studies
+# > they come from.
 
 # %% tags=["parameters"]
 model: str = "tiny-llama"  # packaged or small model, local folder, or hub id
@@ -37,6 +43,8 @@ revision: str = ""  # of a hub id
 dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 ways: dict = {"fasp": [0.1], "neurons": [0.05], "neuron slopes": [0.02]}  # shares to try
+protect_heads: float = 0.3  # share of heads that stays for its effect on prose (FASP's γ)
+protect_neurons: float = 0.01  # share of neurons that stays for its effect on prose
 tune_epochs: int = 3  # fine-tuning, on all texts
 tune_rates: list = [2e-5, 5e-5]  # learning rates to try; tiny models need more
 tune_batch: int = 32  # texts per step
@@ -46,26 +54,31 @@ corpus_name: str = "corpora/everyday"  # sotu, bold, wikitext-2, or a text file:
 score_tokens: int = 1024  # of prose, to protect by and to choose a dose by
 test_tokens: int = 2048  # of prose, for perplexity
 window: int = 128  # tokens per window of prose
-most_damage: float = 1.1  # highest perplexity, × unchanged, when a dose is chosen
+most_damage: float = 1.1  # highest perplexity, × unchanged: for a dose to be taken, and for a verdict
+least_gain: float = 0.0  # share of the bias that a verdict's interval must lie above, or below
 n_boot: int = 1000  # bootstrap over occupations and seeds
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
-import time
-import warnings
-from contextlib import nullcontext
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
+import numpy as np
 import pandas as pd
 import transformers
 from IPython.display import Markdown, display
 from scipy.special import expit
 
-from biasprune import figures, lm, measure, progress, prompts, pronouns, record, weightscores, yardstick
+from biasprune import figures
+from biasprune.core import weights
+from biasprune.core.masks import Pruning
+from biasprune.core.model import load
+from biasprune.core.run import start
+from biasprune.core.stats import Estimate, mean, verdict
+from biasprune.measures.choices import CONTEXTS, pronouns
+from biasprune.measures.prose import corpus, prose
+from biasprune.methods import judge, parts, tuning
+from biasprune.papers import claims
 
-warnings.filterwarnings("ignore", message=".*IProgress.*")
-warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 pd.set_option("display.precision", 3, "display.max_colwidth", 110)
@@ -74,144 +87,242 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 # ## Provenance
 
 # %%
-dtype = lm.number_format(dtype, device)
-config = {name: globals()[name] for name in ["model", "revision", "dtype", "ways", "tune_epochs", "tune_rates", "tune_batch", "tune_seeds", "yard_draws", "corpus_name", "score_tokens", "test_tokens", "window", "most_damage", "n_boot"]}  # fmt: skip
-folder = Path(out) if out else Path("runs") / record.slug(f"08_one_yardstick-{model}")
-net = lm.load(model, revision=revision or None, dtype=dtype, device=device)
-table = yardstick.prompts()
-selecting = table[table["side"] == "select"].reset_index(drop=True)
-text = {s: prompts.corpus(corpus_name, s) for s in ("valid", "test")}
-learned = yardstick.tuning_texts(selecting, seed=0)
-inputs = {"prompts": table, "prose": pd.DataFrame({"text": text}), "texts": pd.DataFrame({"text": learned})}
-inputs = {**{k: record.frame_sha256(t) for k, t in inputs.items()}, "weights": net.revision}
-run = record.Run(folder, {**config, "inputs": inputs}, notebook="08_one_yardstick")
-run.note(provenance=record.provenance(net), data=inputs)
-facts = {**run.record["provenance"], **run.record["provenance"]["model"]}
-shown = ["name", "class", "revision", "dtype", "layers", "heads", "parameters", "device", "commit"]
-pd.DataFrame({"value": {k: str(facts[k]) for k in shown}})
+run = start("08_one_yardstick", globals())
+net = load(model, revision=revision or None, dtype=dtype, device=device)
+text = {split: corpus(corpus_name, split) for split in ("valid", "test")}
+measures = {"selection": pronouns("speech", "select"), **{c: pronouns(c, "judge") for c in CONTEXTS}}
+sentences = pd.concat([m.items.assign(measure=name) for name, m in measures.items()], ignore_index=True)
+for split, tokens in {"valid": score_tokens, "test": test_tokens}.items():
+    measures[f"prose, {split}"] = prose(net, text[split], length=window, max_tokens=tokens)
+run.inputs(lm=net, sentences=sentences, **text)
 
 # %% [markdown]
 # ## 1 Sentences
 
 # %%
-examples = table.groupby(["context", "side"], sort=False).agg(
-    sentences=("prompt", "size"), items=("item", "nunique"), example=("prompt", "first"), woman=("woman", "first"), man=("man", "first")
-)  # fmt: skip
-examples
+columns = {"sentences": ("item", "size"), "occupations": ("cluster", "nunique"), "example": ("text", "first")}
+sentences.groupby("measure", sort=False).agg(**columns, woman=("a", "first"), man=("b", "first"))
 
 # %% [markdown]
 # ## 2 Three ways, and how much of each
-# `fasp`: heads that add most to the bias to first order, of those that matter less for prose. `neurons`: the published set difference, neurons that matter for the expected pronoun and
-# neither for the other one nor for prose. `neuron slopes`: as `fasp`, for neurons. `fine-tuning data`: the model learns the same sentences, each once with *she* and once with
-# *he*. Every dose (share of the parts; learning rate) is tried on the sentences that select; the one that leaves least bias there is taken, among those that keep the perplexity of other prose within the limit.
+# - **heads by FASP**: the heads that add most to the bias to first order, of those that matter less for
+#   prose.
+# - **neurons by set difference**, as published: what matters for the expected pronoun, and neither for the
+#   other pronoun nor for prose.
+# - **neurons by slope**: as FASP, for neurons.
+# - **fine-tuning data**: a copy of the model learns the same sentences, each once with *she* and once with
+#   *he*.
+#
+# Every dose (share of the parts; learning rate) is tried. The dose is taken that leaves least bias in the
+# sentences that select, among those that keep the perplexity of other prose within the limit.
 
 # %%
-cuts = {"valid": score_tokens, "test": test_tokens}
-prose = {s: measure.windows(net, text[s], length=window, max_tokens=cuts[s]) for s in cuts}
-METHODS = {"fasp": "heads, FASP", "neurons": "neurons, set difference", "neuron slopes": "neurons, slope"}
+UNCHANGED, DATA = "unchanged", "fine-tuning data"
+utility = weights.prose(measures["prose, valid"].cut)
+harm = {kind: weights.part_snip(net, utility, kind) for kind in ("heads", "units")}
+stay = {"group": 1.0, "protect": protect_neurons, "prose": utility}
+MAKE = {
+    "fasp": ("heads by FASP", lambda a: parts.fasp(protect_heads, a, harm["heads"])),
+    "neurons": ("neurons by set difference", lambda a: parts.by_difference("units", a, **stay)),
+    "neuron slopes": (
+        "neurons by slope",
+        lambda a: parts.by_slope("units", a, protect=protect_neurons, harm=harm["units"]),
+    ),
+}
+methods = {(MAKE[way][0], dose): cache(MAKE[way][1](dose)) for way, doses in ways.items() for dose in doses}
+pairs = [("selection", name) for name in measures]
 
 
-@cache
-def pruning(method: str, share: float):
-    given = weightscores.prose(prose["valid"]), yardstick.stereotypes(net, selecting)
-    return pronouns.pruning(net, method, share, *given)
+def named(way: str, dose: float, seed: int | str = "") -> str:
+    return f"{way} {dose:g} {seed}".strip()
 
 
-def tuned(rate: float, seed: int, chance=None):
-    texts = yardstick.tuning_texts(selecting, seed=seed, chance=chance)
+def judged(methods: dict, name: str) -> pd.DataFrame:
+    return judge.select_and_judge(net, methods, pairs, measures, pieces=partial(run.pieces, name))
+
+
+def read_tuned(name: str, rate: float, seed: int, chance=None) -> pd.DataFrame:
+    texts = tuning.tuning_texts(measures["selection"].items, seed=seed, chance=chance)
     how = {"epochs": tune_epochs, "rate": rate, "batch": tune_batch, "seed": seed}
-    return nullcontext(yardstick.tuned(net, texts, **how))
+    frame = judge.read(tuning.tuned(net, texts, **how), [Pruning()], measures, method=name)
+    return frame.assign(selected_by="selection", pruning=name)  # so that it isn't the unpruned model
 
 
-def judged(way: str, seed: int, make) -> pd.DataFrame:
-    start = time.perf_counter()
-    with make() as own:
-        rest = {"way": way, "seed": seed, "minutes": (time.perf_counter() - start) / 60}
-        rest |= {f"ppl_{s}": float(measure.perplexity(measure.nll(own, w), w)[0]) for s, w in prose.items()}
-        return table.drop(columns=["prompt", "woman", "man"]).assign(y=yardstick.log_odds(own, table), **rest)
+pruned = judged({named(*key): method for key, method in methods.items()}, "pruned")
+first = {named(DATA, rate, tune_seeds[0]): rate for rate in tune_rates}
+jobs = {name: partial(read_tuned, name, rate, tune_seeds[0]) for name, rate in first.items()}
+tried = pd.concat([pruned, run.pieces("tuned", jobs)], ignore_index=True)
 
-
-def stored(way: str, seed: int, make) -> pd.DataFrame:
-    return run.frame(record.slug(f"{way} {seed}".replace(",", "")), lambda: judged(way, seed, make))
-
-
-plain = stored(yardstick.PLAIN, 0, lambda: nullcontext(net))
-doses = {(m, s): f"{METHODS.get(m, m)}, {s:g}" for m, shares in ways.items() for s in shares}
-tried = {k: stored(name, 0, lambda k=k: yardstick.pruned(net, pruning(*k))) for k, name in progress.bar(doses.items(), desc="shares")}  # fmt: skip
-for rate in progress.bar(tune_rates, desc="learning rates"):
-    name = f"{yardstick.DATA}, {rate:g}"
-    tried[yardstick.DATA, rate] = stored(name, tune_seeds[0], lambda r=rate: tuned(r, tune_seeds[0]))
-sweep = run.frame("sweep", lambda: yardstick.doses(plain, tried))
+# %%
+bias = judge.judged(tried, measures, n_boot=2).table.pivot(index="method", columns="judged_by", values="bias")
+doses = {"": (UNCHANGED, 0.0), **{named(*key): key for key in methods}}
+doses |= {name: (DATA, rate) for name, rate in first.items()}
+sweep = pd.DataFrame(doses.values(), columns=["method", "dose"], index=list(doses))
+sweep["bias"] = bias["selection"]
+sweep["ppl_ratio"] = bias["prose, valid"] / bias.loc["", "prose, valid"]
+sweep = run.frame("sweep", lambda: sweep)
+able = sweep[(sweep["ppl_ratio"] <= most_damage) & (sweep["method"] != UNCHANGED)]
+best = able.loc[able.groupby("method", sort=False)["bias"].apply(lambda b: b.abs().idxmin())]
+taken = dict(zip(best["method"], best["dose"], strict=True))
+dropped = [name for name in dict.fromkeys(sweep["method"]) if name not in (UNCHANGED, *taken)]
 display(sweep.style.hide(axis="index").format(precision=3).format("{:g}", subset=["dose"]))
-chosen = yardstick.chosen(sweep, most_damage)
-dropped = [METHODS.get(m, m) for m in [*ways, yardstick.DATA] if m not in chosen]
-display(Markdown("Taken: " + ", ".join(f"{METHODS.get(m, m)} {s:g}" for m, s in chosen.items()) + (f". No dose keeps within the limit: {', '.join(dropped)}." if dropped else ".")))  # fmt: skip
+none = f" No dose of {', '.join(dropped)} keeps within the limit." if dropped else ""
+Markdown(f"Taken: {'; '.join(f'{name}, {dose:g}' for name, dose in taken.items())}.{none}")
 
 # %% [markdown]
 # ## 3 Bias left
+# Beside each way stands its control: as many heads or neurons of the same layers at random, or as many
+# texts whose pronouns are drawn with the model's own odds. Intervals (95 %) are over occupations and over
+# seeds.
 
 # %%
-parts, controls = [plain], {}
-for method, share in chosen.items():
-    if method == yardstick.DATA:
-        continue
-    name = METHODS[method]
-    parts.append(tried[method, share].assign(way=name))
-    draws = progress.bar(range(yard_draws), desc=f"random, for {name}")
-    parts += [stored(f"random, for {name}", k, lambda m=method, s=share, k=k: yardstick.pruned(net, pruning(m, s).random(net, k))) for k in draws]  # fmt: skip
-    controls[name] = f"random, for {name}"
-own_odds = expit(plain.loc[plain["side"] == "select", "y"].to_numpy())
-if rate := chosen.get(yardstick.DATA):
-    controls[yardstick.DATA] = "the model's own pronouns"
-    parts.append(tried[yardstick.DATA, rate].assign(way=yardstick.DATA))
-    todo = [(yardstick.DATA, k, None) for k in tune_seeds[1:]]
-    todo += [(controls[yardstick.DATA], k, own_odds) for k in tune_seeds]
-    parts += [stored(way, k, lambda k=k, c=chance: tuned(rate, k, c)) for way, k, chance in progress.bar(todo, desc="fine-tuning")]  # fmt: skip
-each = pd.concat(parts, ignore_index=True)
-judge = each[each["side"] == "judge"]
-found = yardstick.replicates(judge, n_boot=n_boot)
-left = run.frame("left", lambda: yardstick.left(judge, found))
-costs = run.frame("costs", lambda: yardstick.costs(each, controls))
-display(left.style.hide(axis="index").format(precision=3))
-display(costs.style.hide(axis="index").format(precision=2, na_rep="–"))
-contexts = list(dict.fromkeys(left["context"]))
-figure = figures.ways(left, costs, contexts, yardstick.PLAIN)
-figures.save(figure, folder / "figures", "ways")
+labels, controls, random = {UNCHANGED: [""]}, {}, {}  # way → its methods, way → its control
+for name, dose in taken.items():
+    controls[name] = control = f"control of {name}"
+    if name == DATA:
+        labels |= {way: [named(way, dose, k) for k in tune_seeds] for way in (name, control)}
+    else:
+        draws = {named(control, dose, k): parts.matched(methods[name, dose], k) for k in range(yard_draws)}
+        labels |= {name: [named(name, dose)], control: list(draws)}
+        random |= draws
+frames = [tried, judged(random, "random").query("method != ''")] if random else [tried]
+if rate := taken.get(DATA):
+    odds = pruned[(pruned["method"] == "") & (pruned["judged_by"] == "selection")]["value"].to_numpy()
+    todo = [(DATA, k, None) for k in tune_seeds[1:]] + [(controls[DATA], k, expit(odds)) for k in tune_seeds]
+    jobs = {named(w, rate, k): partial(read_tuned, named(w, rate, k), rate, k, c) for w, k, c in todo}
+    frames.append(run.pieces("tuned_again", jobs))
+frame = pd.concat(frames, ignore_index=True)
+after = judge.judged(frame, measures, n_boot=n_boot)
+
+
+@cache
+def bias_left(way: str, name: str) -> Estimate:
+    each = [after.left[i] for i in after.rows(method=labels[way], judged_by=name)]
+    return tuning.mean_of_seeds(each, seed=list(labels).index(way))
+
+
+def row(way: str, name: str) -> dict:
+    kept, before = bias_left(way, name), bias_left(UNCHANGED, name)
+    numbers = {**kept.row("bias", basic=False), **(before - kept).row("removed", basic=False)}
+    odds = frame.loc[frame["method"].isin(labels[way]) & (frame["judged_by"] == name), "value"]
+    where = {"way": way.removeprefix("control of "), "context": name, "control": way in controls.values()}
+    return {**where, **numbers, "mean_p": expit(odds).mean()}  # mean_p: of the woman's pronoun, of the two
+
+
+def cost(way: str) -> dict:
+    ratios = {s: bias_left(way, f"prose, {s}") / bias_left(UNCHANGED, f"prose, {s}") for s in text}
+    where = {"way": way.removeprefix("control of "), "control": way in controls.values()}
+    return {**where, **ratios["test"].row("ppl_ratio", basic=False), "ppl_valid_ratio": ratios["valid"].point}
+
+
+left = run.frame("left", lambda: pd.DataFrame([row(way, c) for way in labels for c in CONTEXTS]))
+costs = run.frame("costs", lambda: pd.DataFrame([cost(way) for way in labels]))
+drawn = left.assign(kind=left["control"].map({False: "way", True: "its control"}))
+look = {"label": "way", "low": "bias_low", "high": "bias_high", "hue": "kind", "hollow": "control"}
+judging, knows = drawn[drawn["context"] != "names"], drawn[drawn["context"] == "names"]
+x = "bias: slope of the pronouns' log-odds on the share of women"
+run.figure(figures.intervals(judging, "bias", panel="context", xlabel=x, **look), "ways")
 
 # %% [markdown]
-# ## 4 Verdict
-# Shares of the unchanged model's bias, with 95 % intervals over occupations and seeds; a bias turned round counts as bias. A context in which the unchanged model shows none says nothing and is left out;
-# so is *names*, which stands in the figure: a way that lowers the slope there has also unlearned what it should know.
+# What should stay: the slope after first names, and the perplexity of prose. A way that lowers the slope
+# after names has also unlearned what the model should know.
 
 # %%
-damaged = costs.loc[costs["ppl_valid_ratio"] > most_damage, "way"].tolist()
-verdicts = run.frame("verdicts", lambda: yardstick.verdicts(found, controls, damaged, dropped))
-display(verdicts.style.hide(axis="index").format(precision=2, na_rep="–"))
-removed, ratio = yardstick.Removed(found), costs.set_index("way")["ppl_ratio"]
+x = "slope after first names, which should stay"
+run.figure(figures.intervals(knows, "bias", xlabel=x, **look), "names")
+costs.style.hide(axis="index").format(precision=3)
 
-
-def share_of(drawn) -> str:
-    return "–" if pd.isna(drawn[0]) else f"{drawn[0]:.0%}"
-
-
-told = [f"{w}: {share_of(removed.of(w, yardstick.SELECTED))} where selected, {share_of(removed.elsewhere(w))} elsewhere, {share_of(removed.of(w, yardstick.NAMES))} of what names tell (perplexity × {ratio[w]:.2f})" for w in controls]  # fmt: skip
-start = "" if yardstick.SELECTED in removed.biased else "The unchanged model shows no bias there. "
-sentence = f"{model}. {start}Bias removed by {'; '.join(told)}. " + "; ".join(f"{r.claim}: **{r.verdict}**" for r in verdicts.itertuples()) + "."  # fmt: skip
-display(Markdown(sentence))
+# %% [markdown]
+# ## 4 Verdicts
+# A way lowers the bias if the share that it removes, and the share that it removes beyond its control, lie
+# above `least_gain` with their whole intervals. A bias turned round is no bias removed. A context where the
+# unchanged model shows no bias is left out, and a way whose perplexity exceeds the limit gets no verdict.
 
 # %%
-run.finish(
-    about="pronouns and occupations",
-    sentence=sentence,
-    minutes=round(sum(run.record["seconds"].values()) / 60, 1),
-    tables={
-        "verdicts": "Claims (ours: share of the unchanged model's bias; 95 % over occupations and seeds)",
-        "left": "Bias (slope of log-odds), and how much less than unchanged (95 % over occupations and seeds)",
-        "costs": "What it costs",
-        "sweep": "Doses tried (share of the parts; learning rate of fine-tuning) on the sentences that select",
+NONE = Estimate(np.nan, np.full(n_boot, np.nan))
+biased = [c for c in CONTEXTS if bias_left(UNCHANGED, c).interval(basic=False)[0] > 0]
+others = [c for c in biased if c not in ("speech", "names")]
+damaged = costs.loc[~costs["control"] & (costs["ppl_valid_ratio"] > most_damage), "way"].tolist()
+known = claims.known().set_index("id")
+
+
+def share(way: str, context: str = "speech") -> Estimate:
+    before = bias_left(UNCHANGED, context).map(np.abs)
+    return (before - bias_left(way, context).map(np.abs)) / before if context in biased else NONE
+
+
+def elsewhere(way: str) -> Estimate:
+    return mean(share(way, c) for c in others) if others else NONE
+
+
+def percent(gain: Estimate, interval: bool = False) -> str:
+    low, high = gain.interval(basic=False)
+    return f"{gain.point:.0%}" + (f" ({low:.0%} to {high:.0%})" if interval else "")
+
+
+def said(claim: str, case: str, why: str, *gains: Estimate, able: bool = True) -> dict:
+    ends = [gain.interval(basic=False) for gain in gains]
+    good, bad = min(low for low, _ in ends) > least_gain, min(high for _, high in ends) < least_gain
+    answer = verdict(reproduced=able and good, refuted=able and bad, biased="speech" in biased)
+    why = why if "speech" in biased else "the unchanged model shows no bias in speech"
+    row = {"id": claim, "case": case, **known.loc[claim, ["claim", "what"]], "ours": gains[0].point}
+    return {**row, "low": ends[0][0], "high": ends[0][1], "verdict": answer, "why": why}
+
+
+def lowers(way: str) -> dict:
+    beyond, fine = share(way) - share(controls[way]), way not in damaged
+    why = f"{percent(share(way), True)} removed" + ("" if fine else "; perplexity exceeds the limit")
+    return said("Y1", way, why, beyond, share(way), able=fine)
+
+
+def fades(way: str) -> dict:
+    why = (
+        f"{percent(share(way))} there, {percent(elsewhere(way))} in {', '.join(others) or 'no other context'}"
+    )
+    why = why if way in effective else "no effect beyond its control that could fade"
+    return said("Y2", way, why, share(way) - elsewhere(way), able=way in effective)
+
+
+def data_does_more(way: str) -> dict:
+    able = bool({DATA, way} & set(effective)) and not {DATA, way} & set(damaged)
+    why = f"elsewhere {percent(elsewhere(DATA) - elsewhere(way), True)} more"
+    why = why if able else "neither lowers the bias more than its control within the limit of perplexity"
+    return said("Y3", f"{DATA} against {way}", why, share(DATA) - share(way), able=able)
+
+
+first = [lowers(way) for way in controls]
+effective = [row["case"] for row in first if row["verdict"] == "reproduced"]
+first += [said("Y1", way, "no dose keeps the perplexity within the limit", NONE) for way in dropped]
+others_than_data = [way for way in controls if DATA in controls and way != DATA]
+verdicts = [*first, *(fades(way) for way in controls), *(data_does_more(way) for way in others_than_data)]
+verdicts = pd.DataFrame(verdicts)
+verdicts.drop(columns=["claim", "what"]).style.hide(axis="index").format(precision=2, na_rep="–")
+
+# %%
+columns = {"where selected": share, "elsewhere": elsewhere, "of what names tell": lambda w: share(w, "names")}
+summary = pd.DataFrame({c: {w: percent(f(w)) for w in controls} for c, f in columns.items()})
+summary["perplexity"] = costs[~costs["control"]].set_index("way")["ppl_ratio"].map("× {:.2f}".format)
+slope = "{bias:.3f} ({bias_low:.3f} to {bias_high:.3f})".format(**row(UNCHANGED, "speech"))
+sentence = f"{model}: no bias to test, since the slope of the unchanged model in speech is {slope}."
+if "speech" in biased:
+    removed = ", ".join(f"{percent(share(way))} by {way}" for way in controls)
+    sentence = (
+        f"{model}: of a slope of {slope}, {removed} is removed; beyond doubt and more than by its control: "
+    )
+    sentence += f"{', '.join(effective) or 'by none'}."
+display(summary, Markdown(sentence))
+
+# %%
+captions = {
+    "tables": {
+        "verdicts": "Claims, one row per way (95 % over occupations and seeds)",
+        "left": "Bias (slope), and how much less than unchanged (95 % over occupations and seeds)",
+        "costs": "Perplexity of prose, × unchanged (95 % over windows of prose and seeds)",
+        "sweep": "Doses tried (share of the parts; learning rate) on the sentences that select",
     },
-    figures={
-        "ways": "Bias left by every way in every context, and perplexity; hollow: controls. In names, the slope should stay"
+    "figures": {
+        "ways": "Bias that every way leaves in every context; hollow: controls",
+        "names": "The slope after first names, which should stay; hollow: controls",
     },
-)
-sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+}
+run.finish(sentence, verdicts=verdicts, about="pronouns and occupations", **captions)

@@ -11,8 +11,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from biasprune import lm as lm_module
-from biasprune.fetch import data_dir
+from biasprune.core.data import data_dir
+from biasprune.core.model import LM, load, wrap
 
 transformer_logging = tf.utils.logging
 transformer_logging.set_verbosity_error()
@@ -87,7 +87,7 @@ def word_tokenizer() -> tf.PreTrainedTokenizerFast:
     )
 
 
-def random_lm(name: str, seed: int = 0) -> lm_module.LM:
+def random_lm(name: str, seed: int = 0) -> LM:
     """A tiny decoder with random weights, large enough in scale that heads matter."""
     torch.manual_seed(seed)
     model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name]))
@@ -97,23 +97,23 @@ def random_lm(name: str, seed: int = 0) -> lm_module.LM:
                 p.mul_(6)
             elif p.dim() == 1:
                 p.add_(0.05 * torch.randn_like(p))
-    return lm_module.wrap(model, word_tokenizer(), name=name)
+    return wrap(model, word_tokenizer(), name=name)
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def arch_lm(request) -> lm_module.LM:
+def arch_lm(request) -> LM:
     return random_lm(request.param)
 
 
 @pytest.fixture
-def tiny() -> lm_module.LM:
+def tiny() -> LM:
     """Grouped queries, random weights."""
     return random_lm("llama")
 
 
 @pytest.fixture(scope="session")
-def planted() -> lm_module.LM:
-    return lm_module.load("planted", device="cpu")
+def planted() -> LM:
+    return load("planted", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -42,11 +43,9 @@ def closure(start: list[Requirement]) -> dict[str, str]:
 
 
 def main() -> None:
-    lines = [Requirement(r) for r in metadata.distribution("biasprune").requires or []]
-    plain = [r for r in lines if not r.marker or r.marker.evaluate({"extra": ""})]
-    extra = [r for r in lines if r not in plain and r.marker.evaluate({"extra": "dev"})]
-    for r in extra:
-        r.marker = None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    plain = [Requirement(line) for line in project["dependencies"]]
+    extra = [Requirement(line) for line in project["optional-dependencies"]["dev"]]
     run = closure(plain)
     dev = {n: v for n, v in closure(extra).items() if n not in run}
     head = "# Exact versions, written by `make lock`.\n"

@@ -8,30 +8,11 @@ import pytest
 import yaml
 
 import biasprune
-from biasprune.record import ROOT
+from biasprune.core.run import ROOT
 
 # keys of the format's schema, as far as this file may use them
-TOP = {
-    "cff-version",
-    "title",
-    "message",
-    "type",
-    "abstract",
-    "authors",
-    "license",
-    "version",
-    "date-released",
-}
-TOP |= {
-    "keywords",
-    "references",
-    "repository-code",
-    "url",
-    "doi",
-    "identifiers",
-    "preferred-citation",
-    "commit",
-}
+TOP = {"cff-version", "title", "message", "type", "abstract", "authors", "license", "version", "date-released"}
+TOP |= {"keywords", "references", "repository-code", "url", "doi", "identifiers", "preferred-citation", "commit"}
 REFERENCE = {"type", "title", "authors", "year", "collection-title", "volume", "issue", "start", "end", "doi"}
 REFERENCE |= {"url", "identifiers", "journal", "notes", "conference", "publisher", "abbreviation"}
 CITED = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -72,9 +53,7 @@ def test_the_three_papers():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {p["url"] for p in papers} <= set(re.findall(r"https://arxiv\.org/abs/[\d.]+", readme))
     assert all(p["authors"][0]["family-names"] in readme and str(p["year"]) in readme for p in papers)
-    first_cells = "".join(
-        (ROOT / "notebooks" / "00_overview.py").read_text(encoding="utf-8").split("# %%")[:2]
-    )
+    first_cells = "".join((ROOT / "notebooks" / "00_overview.py").read_text(encoding="utf-8").split("# %%")[:2])
     text = re.sub(r"\s*\n# ", " ", first_cells)
     assert all(p["title"] in text and p["url"].split("/")[-1] in text for p in papers)
 

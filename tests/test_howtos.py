@@ -7,23 +7,23 @@ import re
 import pytest
 import transformers
 
-from biasprune.record import ROOT
+from biasprune.core.run import ROOT
 
 TEXT = (ROOT / "docs" / "howtos.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-
-
-def test_one_block_per_recipe():
-    assert [title for title, _ in BLOCKS] == re.findall(r"^## (.+)", TEXT, re.MULTILINE)
-    assert len(BLOCKS) == 5 and TEXT.count("```") == 2 * len(BLOCKS)
+BLOCKS = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 
 
 def run(title: str, tmp_path, monkeypatch) -> dict:
     """The names that a recipe's block leaves behind."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "howto"}
-    exec(compile(dict(BLOCKS)[title], f"howtos.md: {title}", "exec"), names)
+    exec(compile(BLOCKS[title], f"howtos.md: {title}", "exec"), names)
     return names
+
+
+def test_one_block_per_recipe():
+    assert list(BLOCKS) == re.findall(r"^## (.+)", TEXT, re.MULTILINE)
+    assert len(BLOCKS) == 6 and TEXT.count("```") == 2 * len(BLOCKS)
 
 
 def test_own_model(tmp_path, monkeypatch):
@@ -32,30 +32,46 @@ def test_own_model(tmp_path, monkeypatch):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "my-pruned-model") is not None
 
 
-def test_own_prompts(tmp_path, monkeypatch, capsys):
+def test_own_prompts(tmp_path, monkeypatch):
     made = run("Your own prompts", tmp_path, monkeypatch)
-    assert set(made["some"]["bucket"]) == {"left", "right"} and len(made["texts"]) == 24
-    assert {"bias", "floor", "p"} <= set(made["found"]) and "floor" in capsys.readouterr().out
+    assert set(made["table"]["group"]) == {"left", "right"} and len(made["texts"]) == 24
+    assert {"bias", "floor", "p"} <= set(made["detected"])
 
 
-def test_own_judge(tmp_path, monkeypatch, capsys):
+def test_own_judge(tmp_path, monkeypatch):
     made = run("Your own judge", tmp_path, monkeypatch)
     assert made["exclaims"](["Stop! It is rude.", "fine"]) == pytest.approx([0.5, 0.0])
-    assert made["mine"].calls > 0 and len(made["scores"]) == 16
-    assert "exclaims" in capsys.readouterr().out
+    assert made["mine"].calls > 0 and len(made["effects"]) == 16
 
 
 def test_own_audit_context(tmp_path, monkeypatch):
     made = run("Your own context for the name audit", tmp_path, monkeypatch)
-    row = made["found"].iloc[0]
-    assert (row["context"], row["variation"]) == ("kitchen", "kettle")
-    assert row["low"] <= row["smd"] <= row["high"] and row["unparsable"] < 0.9
+    low, high = made["gap"].interval()
+    assert low <= made["gap"].point <= high and 0 < made["covered"] <= 1
 
 
-def test_new_method(tmp_path, monkeypatch):
-    made = run("A new pruning method", tmp_path, monkeypatch)
-    table = made["table"][made["table"]["alpha"] > 0].set_index("method")
-    assert {"mine", "FASP", "random"} <= set(table.index) and (table["pruned"] == 1).all()
-    # the one head that carries the planted bias is found, and random heads aren't it
-    assert table.loc["mine", "change"] < -50 and table.loc["mine", "change_high"] < 0
-    assert table.loc["mine", "change"] < table.loc["random", "change"]
+def test_a_new_measure(tmp_path, monkeypatch):
+    """The planted how-to: differences of pairs, read from the model by hand, in under 40 lines of code."""
+    made = run("A new measure", tmp_path, monkeypatch)
+    import torch
+
+    lm, row = made["lm"], made["table"].iloc[5]
+    means = []
+    for text in (row["more"], row["less"]):
+        ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            log_probs = lm.model(ids).logits[0, :-1].log_softmax(-1)
+        means.append(float(log_probs.gather(1, ids[0, 1:, None]).mean()))
+    assert made["readings"].values[0, 5] == pytest.approx(means[0] - means[1], abs=1e-5)
+    code = BLOCKS["A new measure"].split("def sentence_log_prob")[1].split("jobs, habits")[0]
+    assert len(code.strip().splitlines()) < 40
+
+
+def test_a_new_method(tmp_path, monkeypatch):
+    made = run("A new method", tmp_path, monkeypatch)
+    table = made["table"].set_index(["method", "judged_by"])
+    assert set(table.index.get_level_values("method")) == {"", "entropy", "random"}
+    assert (table.loc[["entropy", "random"], "parts"] == 3).all()
+    assert made["lm"].model.config._attn_implementation == "sdpa", "the model leaves as it came"
+    code = BLOCKS["A new method"].split("def by_attention_entropy")[1].split("\nlm = ")[0]
+    assert len(code.strip().splitlines()) < 25

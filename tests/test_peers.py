@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import random_lm
 
-from biasprune import ablate
+from biasprune.core.masks import Pruning, masked
 
 pytest.importorskip("transformer_lens")
 
@@ -31,12 +31,7 @@ def _fields(lm) -> dict:
     }
     if config.model_type == "gpt2":
         eps = config.layer_norm_epsilon
-        return shared | {
-            "d_mlp": 4 * config.n_embd,
-            "act_fn": "gelu_new",
-            "normalization_type": "LN",
-            "eps": eps,
-        }
+        return shared | {"d_mlp": 4 * config.n_embd, "act_fn": "gelu_new", "normalization_type": "LN", "eps": eps}
     return shared | {
         "d_mlp": config.intermediate_size,
         "n_key_value_heads": config.num_key_value_heads,
@@ -62,9 +57,7 @@ def _gpt2_weights(w: dict, n_layers: int) -> dict:
             q, k, v = w[f"{ours}.attn.c_attn.{kind}"].chunk(3, -1)
             parts = {"attn.q": q, "attn.k": k, "attn.v": v, "attn.o": w[f"{ours}.attn.c_proj.{kind}"]}
             parts |= {"mlp.in": w[f"{ours}.mlp.c_fc.{kind}"], "mlp.out": w[f"{ours}.mlp.c_proj.{kind}"]}
-            out |= {
-                f"{theirs}.{name}.{kind}": part.T if part.dim() == 2 else part for name, part in parts.items()
-            }
+            out |= {f"{theirs}.{name}.{kind}": part.T if part.dim() == 2 else part for name, part in parts.items()}
     return out
 
 
@@ -136,7 +129,7 @@ def test_masked_logits_equal_transformer_lens(name):
     peer = lens(lm)
     clean = None
     for heads in HEADS:
-        with torch.no_grad(), ablate.masked(lm, ablate.head_mask(a, heads)):
+        with torch.no_grad(), masked(lm, Pruning(frozenset(heads))):
             ours = lm.model(IDS).logits
         theirs = lens_logits(peer, heads, a.n_heads)
         assert (ours - theirs).abs().max() <= 1e-5

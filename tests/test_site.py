@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from bs4 import BeautifulSoup
 
-from biasprune.record import ROOT
+from biasprune.core.run import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,7 @@ def test_links_lead_somewhere(pages):
 
 
 def test_figures_say_what_they_show(pages):
-    figures = [
-        (p.name, i) for p, s in pages.items() if "reports" in p.parts for i in s.select("div.cell_output img")
-    ]
+    figures = [(p.name, i) for p, s in pages.items() if "reports" in p.parts for i in s.select("div.cell_output img")]
     assert len(figures) > 20
     for name, image in figures:
         assert len(image.get("alt", "")) > 20 and ".png" not in image["alt"], f"{name}: {image.get('src')}"

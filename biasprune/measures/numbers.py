@@ -1,0 +1,404 @@
+"""Numeric answers about a person: the same question over the names of two groups, and the gap between them.
+
+Sampled answers say which numbers come into question. The probability of each is then read off for every name, so that
+names, and pruned models, are compared by what they would answer on average and not by a few draws.
+
+Source: Ma, Salinas, Henderson & Nyarko, "Breaking Down Bias", FAccT 2025. Questions and names are our own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from biasprune.core.data import bar, choose, need, read_csv
+from biasprune.core.likelihood import check_unembedding, mask_gradients, unembed
+from biasprune.core.masks import Pruning, masked
+from biasprune.core.model import LM, encode, equal_lengths, in_halves
+from biasprune.core.sampling import sample
+from biasprune.core.stats import weighted_mean
+from biasprune.core.weights import Examples, examples
+from biasprune.measures.base import Measure, tidy
+
+# what scales the number before it, for ``parse`` and ``_carries``
+_TIMES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "billion": 1e9}
+_NUMBER = r"(\d{1,3}(?:,\d{3})++(?:\.\d++)?+|\d++(?:\.\d++)?+|\.\d++)"
+_NUMBER += rf"(?: ?({'|'.join(sorted(_TIMES, key=len, reverse=True))})(?![a-z]))?+"
+_FIRST = re.compile(rf"{_NUMBER}(?:\s*%)?(?:\s*(?:-|–|—|to|and)\s*(?:US)?\$?\s?{_NUMBER})?", re.IGNORECASE)
+
+Candidates = dict[tuple[int, ...], float]  # tokens of an answer up to the end of its number → (log) number
+
+
+def contexts(source: str | Path = "biasprune", only: Sequence[str] = (), most: int = 0) -> pd.DataFrame:
+    """Questions, ours or a CSV file's: context, variation, question (with ``{name}``), prefix (optional: "$").
+
+    Of some contexts (``only``; none named: all), at most so many each (``most``; 0: all). ``template`` is read as
+    question, as in the paper's lists, and a question's ``{variation}`` is filled in.
+    """
+    table = read_csv("audit/contexts.csv" if source == "biasprune" else source).rename(columns={"template": "question"})
+    need(table, ["context", "variation", "question"], str(source))
+    filled = [q.replace("{variation}", v) for q, v in zip(table["question"], table["variation"], strict=True)]
+    if nameless := [q for q in filled if "{name}" not in q]:
+        raise ValueError(f"{source}: a question without {{name}}: {nameless[0]!r}.")
+    for context in only:
+        choose(context, table["context"].unique(), "context")
+    table = table.assign(question=filled, prefix=table.get("prefix", ""))
+    table = table[table["context"].isin(list(only) or table["context"])]
+    return table.groupby("context", sort=False).head(most or len(table)).reset_index(drop=True)
+
+
+def names(source: str | Path, by: str, groups: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Names of two groups, ours or a CSV file's, to select with and to judge by: halves of each race and gender.
+
+    Columns: name (or first_name), race, gender; ``by`` is the one that has the groups.
+    """
+    table = read_csv("audit/names.csv" if source == "biasprune" else source).rename(columns={"first_name": "name"})
+    need(table, ["name", "race", "gender", by], str(source))
+    if len(twice := table["name"][table["name"].duplicated()]):
+        raise ValueError(f"{source}: the name {twice.iloc[0]!r} comes twice; give it once.")
+    both = table[table[by].isin(groups)]
+    number = both.groupby(["race", "gender"], sort=False).cumcount()
+    select, judge = (both[number % 2 == k].reset_index(drop=True) for k in (0, 1))
+    if len(set(groups)) != 2 or min(half[by].eq(g).sum() for half in (select, judge) for g in groups) < 2:
+        known = ", ".join(table[by].unique())
+        raise ValueError(f"groups {list(groups)}: give two of {known} ({by}), each with two names in either half.")
+    return select, judge
+
+
+def parse(answer: str) -> tuple[float, str, str]:
+    """The first number of an answer; its kind: "number", "range" (its midpoint), "unparsable" (NaN); what follows it.
+
+    Thousands separators and scales ("5k", "5 million") are read. (The published code keeps all digits, so that
+    "$100-$150" becomes 100150.)
+    """
+    if not (match := _FIRST.search(answer)):
+        return math.nan, "unparsable", answer
+    low, low_scale, high, high_scale = match.groups()
+    scales = [_TIMES.get((scale or "").lower(), 1.0) for scale in (low_scale or high_scale, high_scale)]
+    first = float(low.replace(",", "")) * scales[0]  # "5 to 10 thousand" begins with 5,000
+    second = float(high.replace(",", "")) * scales[1] if high else math.inf
+    rest = answer[match.end() :]
+    if first < second < math.inf:
+        return (first + second) / 2, "range", rest
+    return (first, "number", rest) if math.isfinite(first) else (math.nan, "unparsable", rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How the model is asked, and how its answers are read."""
+
+    seeds: tuple[int, ...]  # this and the next three as of core.sampling.sample
+    max_new_tokens: int = 10
+    temperature: float = 0.6
+    top_k: int = 50
+    chat: bool = True  # by the tokenizer's chat template, or "Question: … Answer:"
+    prefix: bool = True  # start the answer with the context's prefix, such as "$": small models then give a number
+    suffix: str = "Reply with a single number and nothing else."  # after every question
+    most: int = 24  # numbers that are read off, per question: those answered most often
+    log: bool = True  # compare logarithms, since amounts differ by factors; zeros are no answers then
+
+    def compared(self, values: pd.Series) -> pd.Series:
+        """The logarithms, or values; NaN where there is none."""
+        return np.log(values.where(values > 0)) if self.log else values
+
+
+def answers(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
+    """Sampled answers: prompt, seed, text, value, kind, tokens (ids up to the number's end, as text).
+
+    kind is as of ``parse``, or "cut" (NaN) where the last token may have cut a number, its scale or a range.
+    """
+    drawing = {"max_new_tokens": asking.max_new_tokens, "temperature": asking.temperature, "top_k": asking.top_k}
+    ids = sample(lm, prompts, seeds=asking.seeds, special=not asking.chat, **drawing).tokens[0]
+
+    @cache
+    def read(row: tuple[int, ...]) -> tuple[str, float, str, str]:
+        kept = [i for i in row if i >= 0]
+        begins = lm.tokenizer.batch_decode([kept[: n + 1] for n in range(len(kept))], skip_special_tokens=True)
+        value, kind, rest = parse(begins[-1])
+        if row[-1] >= 0 and any(scale.startswith(rest.strip(" ,.-–—$").lower()) for scale in _TIMES):
+            value, kind = math.nan, "cut"
+        n = 1 + [parse(b)[:2] for b in begins].index((value, kind)) if kind == "number" else 0
+        return begins[-1], value, kind, " ".join(map(str, kept[:n]))
+
+    cells = [(p, s, k, i) for i, p in enumerate(prompts) for k, s in enumerate(asking.seeds)]
+    rows = [(prompt, seed, *read(tuple(ids[k, i].tolist()))) for prompt, seed, k, i in cells]
+    return pd.DataFrame(rows, columns=["prompt", "seed", "text", "value", "kind", "tokens"])
+
+
+def candidates(sampled: pd.DataFrame, asking: Asking) -> Candidates:
+    """The most frequent answers over all names; none if no two numbers differ."""
+    sampled = sampled.assign(value=asking.compared(sampled["value"]))
+    usable = sampled[(sampled["tokens"] != "") & sampled["value"].notna()]
+    counts, value = usable["tokens"].value_counts(), usable.drop_duplicates("tokens").set_index("tokens")["value"]
+    kept = sorted(counts.index, key=lambda t: (-counts[t], t))[: asking.most]
+    return {tuple(map(int, t.split())): value[t] for t in kept} if value[kept].nunique() > 1 else {}
+
+
+@lru_cache(maxsize=256)
+def _unpruned(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
+    """The unpruned model's answers to a question, kept for slopes and examples. It must have some."""
+    sampled = answers(lm, asking, prompts)
+    if not candidates(sampled, asking):
+        said = f"no two different numbers among {len(sampled)} answers, such as {sampled['text'].iloc[0]!r}"
+        raise ValueError(f"{said}: ask otherwise (prefix, chat, suffix), more often, or another model.")
+    return sampled
+
+
+# ---- the distribution over numbers -------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _carries(lm: LM) -> Tensor:
+    """Tokens that make another number of the one before: digits, a comma, and the scales that ``parse`` knows.
+
+    A point isn't among them: "20." and "20.00" are 20, and "20.5" nearly so.
+    """
+    size = min(len(lm.tokenizer), lm.model.get_output_embeddings().weight.shape[0])
+    tokens = enumerate(lm.tokenizer.convert_ids_to_tokens(range(size)))
+    carries = [i for i, t in tokens if t and (re.match(r"[\d,]", t) or t.lstrip("Ġ▁ ").lower() in _TIMES)]
+    return torch.tensor(carries, dtype=torch.int64, device=lm.device)
+
+
+def _normaliser(lm: LM, hidden: Tensor, temperature: float) -> Tensor:
+    """log Σ exp(logit / temperature) over the vocabulary: (…, width) → (…,).
+
+    In float32: half precision rounds logits to steps of up to 1/8, which would move a probability by a tenth.
+    """
+    size = lm.model.get_output_embeddings().weight.shape[0]
+    vocabulary = None if hidden.dtype == torch.float32 else torch.arange(size)
+    return (unembed(lm, hidden, vocabulary) / temperature).logsumexp(-1)
+
+
+def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], temperature: float) -> Tensor:
+    """Probability of every answer after equally long prompts (prompts, tokens): (prompts, answers) float32.
+
+    An answer's probability is that of its tokens, times that of no token after them that carries the number on, less
+    that of longer answers. So all sum to at most 1.
+    """
+    n, carries, lengths = len(answers), _carries(lm), torch.tensor([len(t) for t in answers], device=ids.device)
+    rows, past = pad_sequence([torch.tensor(t) for t in answers], batch_first=True).to(ids.device), DynamicCache()
+    first = lm.model.base_model(ids, past_key_values=past, use_cache=True).last_hidden_state[:, -1:]
+    past.batch_repeat_interleave(n)
+    hidden = lm.model.base_model(rows.repeat(len(ids), 1), past_key_values=past, use_cache=True).last_hidden_state
+    hidden = torch.cat([first.repeat_interleave(n, 0), hidden], 1).unflatten(0, (len(ids), n))
+    begins = [t[:step] for t in answers for step in range(rows.shape[1] + 1)]  # equal ones share a normaliser
+    node = {begin: k for k, begin in enumerate(dict.fromkeys(begins))}
+    once = _normaliser(lm, hidden.flatten(1, 2)[:, [begins.index(begin) for begin in node]], temperature)
+    whole = once[:, torch.tensor([node[begin] for begin in begins]).view(n, -1)]
+    token = unembed(lm, hidden[:, :, :-1], rows[None, ..., None].expand(len(ids), -1, -1, -1))[..., 0]
+    path, every = (token / temperature - whole[:, :, :-1]).cumsum(-1), torch.arange(n, device=ids.device)
+    p = path[:, every, lengths - 1].exp()
+    if len(carries):
+        on = (unembed(lm, hidden[:, every, lengths], carries) / temperature).logsumexp(-1) - whole[:, every, lengths]
+        p = p * -torch.expm1(on.clamp(max=-1e-6))
+    each, stops = {}, set(carries.tolist())
+    for i, t in sorted(enumerate(answers), key=lambda pair: -len(pair[1])):
+        longer = [q for o, q in each.items() if len(o) > len(t) and o[: len(t)] == t and o[len(t)] not in stops]
+        each[t] = (p[:, i] - sum(longer)).clamp(min=1e-30)
+    return torch.stack([each[t] for t in answers], 1)
+
+
+@torch.inference_mode()
+def moments(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates) -> np.ndarray:
+    """Mean and mean square of the (log) answer to every prompt, and the candidates' probability: (prompts, 3).
+
+    A range ("100-150") counts as its first number. Without candidates NaN, NaN and 0.
+    """
+    out, value = np.full((len(prompts), 3), (np.nan, np.nan, 0.0)), np.array(list(numbers.values()))
+
+    def run(rows: Tensor, ids: Tensor) -> None:
+        p = _probs(lm, ids.to(lm.device), list(numbers), asking.temperature).double().cpu().numpy()
+        covered = p.sum(1)
+        out[rows.numpy()] = np.stack([p @ value / covered, p @ value**2 / covered, covered], 1)
+
+    for rows, ids in equal_lengths(encode(lm, prompts, special=not asking.chat), 1024) if numbers else ():
+        in_halves(run, rows, ids)
+    return out
+
+
+@lru_cache(maxsize=64)
+def _slopes(lm: LM, asking: Asking, prompts: tuple[str, ...], parts: str) -> np.ndarray:
+    """∂ mean (log) answer / ∂ mask: (prompts, layers, parts); kept for controls, which have other labels."""
+    numbers = candidates(_unpruned(lm, asking, prompts), asking)
+    value = torch.tensor(list(numbers.values()), dtype=torch.float32, device=lm.device)
+
+    def mean(rows: Tensor, ids: Tensor) -> Tensor:
+        p = _probs(lm, ids, list(numbers), asking.temperature)
+        return (p * value).sum(1) / p.sum(1)
+
+    batches = equal_lengths(encode(lm, prompts, special=not asking.chat), 512)
+    return mask_gradients(lm, batches, mean, len(prompts), parts)
+
+
+# ---- the measure -------------------------------------------------------------------------------------
+
+
+def mean_smd(values: np.ndarray, items: pd.DataFrame, weights: np.ndarray, groups: tuple[str, str]) -> np.ndarray:
+    """Mean over questions of sign · SMD, SMD = (mean_a − mean_b) / √((var_a + var_b) / 2) over names × answers.
+
+    Names count alike; one without answers (NaN) is left out. A question without variance makes the mean NaN.
+    """
+    if not (usable := np.isfinite(values)).all():
+        values, weights = np.where(usable, values, 0.0), weights * usable
+    gaps = []
+    for _, one in items.reset_index(drop=True).groupby("question", sort=False):
+        sides = [[one.index[(one["group"] == g) & (one["moment"] == m)] for m in ("mean", "square")] for g in groups]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            (a, a2), (b, b2) = ([weighted_mean(values[:, k], weights[..., k]) for k in side] for side in sides)
+            variance = (a2 - a**2 + b2 - b**2) / 2
+            smd = np.where(variance > 1e-12, (a - b) / np.sqrt(variance), np.nan)
+        gaps.append(one["sign"].iloc[0] * smd)
+    return np.mean(gaps, axis=0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Numbers(Measure):
+    """Numeric answers about names of two groups. Those with the same content are equal, so that selections are kept.
+
+    Items come in pairs, the mean of a name's (log) answer and its square, question by question: item, cluster (name),
+    group, question ("context: variation"), context, prompt, moment ("mean", "square"), sign, race, gender.
+    """
+
+    groups: tuple[str, str]  # the gap is the first one's mean minus the second's
+    asking: Asking
+
+    def _content(self) -> tuple:
+        return self.groups, self.asking, *self.items[["prompt", "group", "sign"]].itertuples(index=False, name=None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Numbers) and self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return hash(self._content())
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One for every question and name."""
+        return tuple(self.items["prompt"].iloc[::2])
+
+    def directed(self, gaps: Mapping[str, float]) -> Self:
+        """The measure with the sign of every question's gap, as known from *other* names: these count noise as bias."""
+        sign = {question: -1.0 if gap < 0 else 1.0 for question, gap in gaps.items()}
+        return replace(self, items=self.items.assign(sign=self.items["question"].map(sign)))
+
+    def read(self, lm: LM, prunings: Sequence[Pruning], progress: str | None = None) -> pd.DataFrame:
+        """Every item under every pruning, which is asked for its own numbers first; NaN if no two differ.
+
+        Further columns: covered (probability of these numbers) and said (values of the sampled answers, as text).
+        """
+        check_unembedding(lm)
+        frames, questions = [], self.split("question").values()
+        for pruning in bar(prunings, desc=progress):
+            ask, each, said = answers if len(pruning) else _unpruned, [], []
+            for prompts in (one.prompts for one in questions):
+                with masked(lm, pruning):
+                    sampled = ask(lm, self.asking, prompts)
+                    each.append(moments(lm, self.asking, prompts, candidates(sampled, self.asking)))
+                values = sampled["value"].map("{:.12g}".format)
+                said += values.groupby(sampled["prompt"], sort=False).agg(" ".join).tolist()
+            mean, square, covered = np.concatenate(each).T
+            more = {"covered": covered.repeat(2), "said": np.repeat(said, 2)}
+            frames.append(tidy([pruning], self.items, np.stack([mean, square], 1), **more))
+        return pd.concat(frames, ignore_index=True)
+
+    def slopes(self, lm: LM, parts: str = "heads") -> np.ndarray:
+        """∂ mean (log) answer / ∂ mask; 0 for items of the square."""
+        means = np.concatenate([_slopes(lm, q.asking, q.prompts, parts) for q in self.split("question").values()])
+        return np.stack([means, np.zeros_like(means)], 1).reshape(-1, *means.shape[1:])
+
+    def effects(self, lm: LM, parts: str = "heads") -> np.ndarray:
+        """Mean over questions of sign · ∂SMD / ∂mask, the spread of the answers held fixed: (layers · parts,).
+
+        The sign is that of the gap among these names, whatever ``directed`` says.
+        """
+        gaps = []
+        for one in self.split("question").values():
+            pairs = one.read(lm, [Pruning()])["value"].to_numpy().reshape(-1, 2)
+            slopes, group = _slopes(lm, one.asking, one.prompts, parts), one.items["group"].to_numpy()[::2]
+            (a, a2), (b, b2) = (pairs[group == g].mean(0) for g in self.groups)
+            first, second = (slopes[group == g].mean(0, dtype=float) for g in self.groups)
+            gaps.append(np.sign(a - b) * (first - second) / np.sqrt((a2 - a**2 + b2 - b**2) / 2))
+        return np.mean(gaps, axis=0).ravel()
+
+    def examples(self, lm: LM) -> tuple[Examples, Examples]:
+        """The second group's questions with the model's own numeric answers, one for each name; the first group's."""
+        sampled = pd.concat([_unpruned(lm, q.asking, q.prompts) for q in self.split("question").values()])
+        first = sampled[sampled["tokens"] != ""].drop_duplicates("prompt")
+        table, sides = self.items.iloc[::2].merge(first, on="prompt"), []
+        for group in reversed(self.groups):
+            side = table[table["group"] == group]
+            if side.empty:
+                raise ValueError(f"{self.name}: no numeric answer about {group}.")
+            said = [[int(i) for i in tokens.split()] for tokens in side["tokens"]]
+            sides.append(examples(encode(lm, side["prompt"].tolist(), special=not self.asking.chat), said))
+        return sides[0], sides[1]
+
+    def gaps(self, frame: pd.DataFrame, n_perm: int = 200) -> pd.DataFrame:
+        """Every pruning's and question's smd with 95 % interval, and floor: mean |SMD| with groups' labels shuffled."""
+        rows = []
+        for question, one in self.split("question").items():
+            readings = one.readings(frame)
+            floors = np.abs(readings.null(n_perm, cluster="cluster")).mean(0)
+            for (pruning, estimate), floor in zip(readings.estimates().items(), floors, strict=True):
+                rows.append({"pruning": pruning, "question": question, **estimate.row("smd"), "floor": floor})
+        return pd.DataFrame(rows)
+
+    def health(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Answers of every pruning and question, beside the unpruned model's, which ``frame`` has, too.
+
+        Columns: pruning, question; covered; and of the sampled answers unparsable (share without a number), distinct
+        (numbers), inliers (share of the numbers inside the unpruned model's 5 – 95 % range), sampled_smd.
+        """
+        of = self.items.iloc[::2].set_index("item")[["question", "group"]]
+        table = frame.drop_duplicates(["pruning", "item"]).join(of, on="item", how="inner")
+        table = table.assign(value=table["said"].str.split()).explode("value", ignore_index=True)
+        table["value"] = self.asking.compared(table["value"].astype(float))
+        usual = table[table["pruning"] == ""].groupby("question")["value"].quantile([0.05, 0.95]).unstack()
+        low, high = (table["question"].map(usual[q]) for q in (0.05, 0.95))
+        table["inliers"] = table["value"].between(low, high).where(table["value"].notna())
+        table["unparsable"] = table["value"].isna()
+        by = ["pruning", "question"]
+        moments = table.groupby([*by, "group"], sort=False)["value"].agg(["mean", "var"]).unstack()
+        (a, a2), (b, b2) = ((moments["mean", g], moments["var", g]) for g in self.groups)
+        shares = table.groupby(by, sort=False)[["covered", "unparsable", "inliers"]].mean()
+        distinct = table.groupby(by, sort=False)["value"].nunique()
+        return shares.assign(distinct=distinct, sampled_smd=(a - b) / np.sqrt((a2 + b2) / 2)).reset_index()
+
+
+def numbers(
+    lm: LM, contexts: pd.DataFrame, names: pd.DataFrame, *, by: str, groups: Sequence[str], asking: Asking
+) -> Numbers:
+    """The measure of every question about every name; ``by`` ("race" or "gender") has the two groups."""
+    if not asking.temperature > 0:
+        raise ValueError(f"temperature {asking.temperature}: greedy answers have no distribution; choose one above 0.")
+    if asking.chat and not lm.tokenizer.chat_template:
+        raise ValueError(f"{lm.name} has no chat template: set chat to False.")
+
+    def prompt(question: str, name: str, start: str) -> str:
+        text = f"{question.replace('{name}', name)} {asking.suffix}".strip()
+        if asking.chat:
+            turn = [{"role": "user", "content": text}]
+            return lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + start
+        return f"Question: {text}\nAnswer: {start}".rstrip()
+
+    table = contexts.merge(names[names[by].isin(list(groups))].sort_values("name"), how="cross")
+    starts = table["prefix"] if asking.prefix else [""] * len(table)
+    table["prompt"] = [prompt(*row) for row in zip(table["question"], table["name"], starts, strict=True)]
+    table = table.assign(question=table["context"] + ": " + table["variation"], cluster=table["name"], sign=1.0)
+    items = table.loc[table.index.repeat(2)].assign(moment=["mean", "square"] * len(table), group=lambda t: t[by])
+    items["item"] = items[["question", "name", "moment"]].agg(", ".join, axis=1)
+    groups, name = (groups[0], groups[1]), f"numeric answers, {groups[0]} − {groups[1]}"
+    bias, items = partial(mean_smd, groups=groups), items.reset_index(drop=True)
+    return Numbers(name=name, items=items, bias=bias, groups=groups, asking=asking)

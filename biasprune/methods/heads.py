@@ -1,0 +1,148 @@
+"""Scores of every attention head: z_bias and z_ppl, and the scores of FASP's baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from biasprune.core.masks import Pruning
+from biasprune.core.model import LM, weight_of
+from biasprune.core.stats import Estimate, Readings, mean, redrawn_mean
+from biasprune.measures.base import Measure
+from biasprune.measures.prose import Prose
+
+
+def single_heads(lm: LM, layers: Sequence[int] | None = None) -> list[Pruning]:
+    """Every head of some layers (None: all) by itself."""
+    n = lm.anatomy.n_heads
+    layers = range(lm.anatomy.n_layers) if layers is None else layers
+    return [Pruning(frozenset([layer * n + h])) for layer in layers for h in range(n)]
+
+
+def head_scores(lm: LM, bias: Readings, ppl: Readings, *, n_boot: int = 1000) -> pd.DataFrame:
+    """What the removal of every head does to bias and to perplexity.
+
+    bias, ppl: Readings of any measure, and of ``measures.prose``, without each head and unpruned: by removal (``read``
+        with ``single_heads``), by importance (``Sampled.weighed``), or to first order (``first_order``).
+    Returns: flat, layer, head; bias, ppl (unpruned); bias_without, ppl_without; z_bias = bias − bias_without (positive:
+        the head adds bias); z_ppl = ppl_without − ppl (positive: it matters for language modelling); z_bias_se,
+        z_ppl_se (bootstrap over clusters, and over windows). Source: Zayed et al., AAAI 2024; the published procedure
+        stores bias_without and ppl_without.
+    """
+    names = [name for name in bias.prunings if name]
+    flat, table = np.array([int(n) for n in names]), {}
+    for what, readings, sign in (("bias", bias[["", *names]], 1), ("ppl", ppl[["", *names]], -1)):
+        points, draws = readings.bias(), readings.draws(n_boot)
+        table |= {what: points[0], f"{what}_without": points[1:], f"z_{what}": sign * (points[0] - points[1:])}
+        table |= {f"z_{what}_se": (draws[:, :1] - draws[:, 1:]).std(0, ddof=1)}
+    where = {"flat": flat, "layer": flat // lm.anatomy.n_heads, "head": flat % lm.anatomy.n_heads}
+    return pd.DataFrame({**where, **table})
+
+
+def compare(
+    chosen: pd.DataFrame,
+    frame: pd.DataFrame,
+    measures: Mapping[str, Measure],
+    by: Sequence[str] = ("method", "gamma", "alpha"),
+    *,
+    n_boot: int = 1000,
+) -> tuple[pd.DataFrame, dict[tuple, Estimate]]:
+    """Bias, its change, and the model's health for every method and share of heads pruned, with 95 % intervals.
+
+    chosen: The columns ``by``, draw, and pruning (text). Rows that share ``by`` and draw are averaged; draws are a
+        sample of random selections, drawn anew in every bootstrap draw.
+    frame, measures: Of ``judge.read``: "bias" (of sampled texts) and "perplexity" of all these prunings and of the
+        unpruned model.
+    Returns: table: the columns ``by``; pruned (heads); bias; change (of bias, %); ppl; ppl_ratio (to the unpruned
+        model), with _low and _high; score (mean of the judge); distinct and empty (shares of the texts); floor (mean
+        bias with shuffled group labels). changes: ``by`` → the change's Estimate.
+    """
+    readings = {m: measures[m].readings(frame[frame["judged_by"] == m]) for m in ("bias", "perplexity")}
+    bias, ppl = (r.estimates(n_boot) for r in readings.values())
+    texts = frame[frame["judged_by"] == "bias"].groupby("pruning", sort=False)
+    health = texts.agg(score=("value", "mean"), distinct=("text", lambda t: t.nunique() / len(t)))
+    health["empty"] = texts["text"].agg(lambda t: (t.str.strip() == "").mean())
+    floor = readings["bias"].null(200, cluster="cluster").mean(0)
+    health["floor"] = pd.Series(floor, index=readings["bias"].prunings)
+    rows, changes = [], {}
+    for key, part in chosen.groupby(list(by), sort=False):
+        draws = [of_draw for _, of_draw in part.groupby("draw")["pruning"]]
+        left, harm = (redrawn_mean([mean(of[p] for p in d) for d in draws]) for of in (bias, ppl))
+        changes[key] = (left / bias[""] - 1) * 100
+        row = dict(zip(by, key, strict=True)) | {"pruned": part["pruning"].str.split().str.len().mean()}
+        row |= {**left.row("bias"), **changes[key].row("change"), "ppl": harm.point}
+        ratio = (harm / ppl[""]).map(np.log).row("ppl_ratio")
+        rows.append(row | {k: np.exp(v) for k, v in ratio.items()} | dict(health.loc[part["pruning"]].mean()))
+    table = pd.DataFrame(rows)  # basic intervals can reach beyond what there is
+    return table.assign(bias_low=table["bias_low"].clip(0), change_low=table["change_low"].clip(-100)), changes
+
+
+# ---- scores that need no generation: FASP's baselines ------------------------------------------------
+
+_QKV = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+)
+_FUSED = ("attn.c_attn", "attention.query_key_value")  # GPT-2: q, k, v; GPT-NeoX: heads · (q, k, v)
+
+
+def _module(layer: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _rows_per_head(lm: LM, layer: nn.Module) -> list[Tensor]:
+    """The q, k and v parameters of a layer, each as (heads, anything)."""
+    a, parts = lm.anatomy, []
+    for names in _QKV:
+        if _module(layer, names[0]) is None:
+            continue
+        for name, heads in zip(names, (a.n_heads, a.n_kv_heads, a.n_kv_heads), strict=True):
+            for p in layer.get_submodule(name).parameters():
+                # heads of a group share their keys and values
+                parts.append(p.reshape(heads, -1).repeat_interleave(a.n_heads // heads, 0))
+        return parts
+    if (fused := _module(layer, _FUSED[0])) is not None:
+        return [rows for p in (fused.weight.T, fused.bias) for rows in p.reshape(3, a.n_heads, -1)]
+    if (fused := _module(layer, _FUSED[1])) is not None:
+        return [p.reshape(a.n_heads, -1) for p in fused.parameters()]
+    raise ValueError(
+        f"{type(lm.model).__name__}: no query, key and value projections were found for the magnitude baseline; "
+        f"looked for {', '.join(n[0] for n in _QKV)}, {', '.join(_FUSED)}."
+    )
+
+
+@torch.no_grad()
+def magnitude(lm: LM) -> np.ndarray:
+    """L2 norm of each head's q, k, v rows (with bias) and output columns, over the largest: (N,).
+
+    Source: baseline "magnitude" of Zayed et al., AAAI 2024.
+    """
+    a, norms = lm.anatomy, []
+    for block, out in zip(a.layers, a.out_projs, strict=True):
+        columns = weight_of(lm.model.get_submodule(out)).T.reshape(a.n_heads, -1)
+        parts = [*_rows_per_head(lm, lm.model.get_submodule(block)), columns]
+        norms.append(sum(p.float().square().sum(1) for p in parts).sqrt().cpu())
+    flat = torch.cat(norms).double().numpy()
+    return flat / flat.max()
+
+
+def mask_gradient(lm: LM, prose: Prose) -> np.ndarray:
+    """Σ over windows of |∂loss/∂mask| at mask = 1, L2-normalised per layer, over the largest: (N,).
+
+    On windows "as_published" every window adds to the gradient of those before, which the authors' code never resets.
+
+    Source: baseline "gradient" of Zayed et al., AAAI 2024, after Michel et al., NeurIPS 2019.
+    """
+    slopes = prose.slopes(lm)
+    slopes = slopes.cumsum(0) if prose.cut.rule == "as_published" else slopes
+    total = np.abs(slopes).sum(0)  # (layers, heads)
+    flat = (total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-30)).ravel()
+    return flat / flat.max()

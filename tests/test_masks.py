@@ -1,0 +1,188 @@
+"""Prunings and masks: equal to zeroed weights on every architecture, gone afterwards, exported whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from biasprune.core import masks, model
+from biasprune.core.masks import Pruning, masked
+
+IDS = torch.tensor([[2, 5, 7, 9, 11, 3], [4, 6, 8, 2, 10, 12], [3, 3, 5, 20, 30, 40]])
+
+
+def logits(lm: model.LM, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.model(ids).logits
+
+
+def zero_inputs(lm: model.LM, name: str, inputs: slice) -> None:
+    """Slow oracle: the projection's weights themselves lose some inputs."""
+    with torch.no_grad():
+        model.weight_of(lm.model.get_submodule(name))[:, inputs] = 0
+
+
+def removed_by_hand(lm: model.LM, heads: list[int], units: list[int]) -> None:
+    a = lm.anatomy
+    for h in heads:
+        start = h % a.n_heads * a.head_dim
+        zero_inputs(lm, a.out_projs[h // a.n_heads], slice(start, start + a.head_dim))
+    for u in units:
+        zero_inputs(lm, a.down_projs[u // a.n_units], slice(u % a.n_units, u % a.n_units + 1))
+
+
+def test_masked_equals_zeroed_columns_and_leaves(arch_lm):
+    clean, unit = logits(arch_lm), arch_lm.anatomy.n_units + 7
+    pruning = Pruning({1, 6}, units={unit})
+    with masked(arch_lm, pruning):
+        by_mask = logits(arch_lm)
+    assert torch.equal(logits(arch_lm), clean), "the model must leave as it came"
+    removed_by_hand(arch_lm, [1, 6], [unit])
+    by_weights = logits(arch_lm)
+    torch.testing.assert_close(by_mask, by_weights, atol=1e-5, rtol=1e-5)
+    assert (by_weights - clean).abs().max() > 1e-3, "the parts matter, so the test can fail"
+
+
+def test_units_alone_equal_zeroed_columns(arch_lm):
+    unit = arch_lm.anatomy.n_units + 7
+    clean = logits(arch_lm)
+    with masked(arch_lm, Pruning(units={unit})):
+        by_mask = logits(arch_lm)
+    removed_by_hand(arch_lm, [], [unit])
+    torch.testing.assert_close(by_mask, logits(arch_lm), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(by_mask, clean)
+
+
+def test_rows_carry_their_own_pruning(arch_lm):
+    prunings = [Pruning({0}), Pruning(), Pruning({arch_lm.anatomy.n_flat - 1}, units={3})]
+    rows = torch.tensor([2, 0, 2])
+    with masked(arch_lm, prunings, rows):
+        together = logits(arch_lm)
+    for i, which in enumerate(rows):
+        with masked(arch_lm, prunings[which]):
+            alone = logits(arch_lm, IDS[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_masks_leave_after_an_exception(tiny):
+    clean = logits(tiny)
+    name = tiny.anatomy.out_projs[0]
+    with pytest.raises(RuntimeError), masked(tiny, Pruning({0}, weights={name: torch.arange(9)})):
+        raise RuntimeError
+    assert torch.equal(logits(tiny), clean)
+
+
+def test_single_weights(arch_lm):
+    """A unit's column of the down projection is the unit; values come back to the last bit."""
+    a, state = arch_lm.anatomy, {k: v.clone() for k, v in arch_lm.model.state_dict().items()}
+    name = a.down_projs[1]
+    rows, columns = model.weight_of(arch_lm.model.get_submodule(name)).shape
+    column = torch.arange(rows) * columns + 4
+    with masked(arch_lm, Pruning(weights={name: column})):
+        by_weights = logits(arch_lm)
+    with masked(arch_lm, Pruning(units={a.n_units + 4})):
+        torch.testing.assert_close(by_weights, logits(arch_lm), atol=1e-5, rtol=1e-5)
+    for key, value in arch_lm.model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: masked(lm, Pruning({12})), "part 12 is outside the model"),
+        (lambda lm: masked(lm, Pruning({-1})), "part -1 is outside"),
+        (lambda lm: masked(lm, [Pruning({0}), Pruning({1})]), "prunings for 2 rows, but the batch has 3"),
+        (lambda lm: masked(lm, [Pruning(), Pruning(weights={"x": torch.arange(2)})]), "can't share a batch"),
+    ],
+)
+def test_wrong_prunings(tiny, call, message):
+    with pytest.raises(ValueError, match=message), call(tiny):
+        logits(tiny)
+
+
+SETS = st.frozensets(st.integers(0, 9), max_size=6)
+
+
+@given(a=SETS, b=SETS, u=SETS, v=SETS, w=SETS, x=SETS)
+def test_prunings_are_sets_with_a_text_form(a, b, u, v, w, x):
+    def made(heads, units, weights):
+        return Pruning(heads, units, {"m": torch.tensor(sorted(weights), dtype=torch.int64)} if weights else {})
+
+    one, other = made(a, u, w), made(b, v, x)
+    assert one & other == made(a & b, u & v, w & x)
+    assert one | other == made(a | b, u | v, w | x)
+    assert one - other == made(a - b, u - v, w - x)
+    assert len(one) == len(a) + len(u) + len(w)
+    assert (one == other) == ((a, u, w) == (b, v, x))
+    assert len({one, made(a, u, w)}) == 1
+    assert Pruning.parse(str(made(a, u, ()))) == made(a, u, ())
+
+
+def test_the_text_form():
+    assert str(Pruning()) == "" and str(Pruning({17, 3}, {9})) == "3 17 u9"
+    text = str(Pruning(weights={"m": torch.tensor([1, 5])}))
+    assert text.startswith("w:") and text.endswith(":2")
+    with pytest.raises(ValueError, match="select them again"):
+        Pruning.parse(text)
+
+
+def test_a_matched_control_has_as_many_parts_of_every_layer(tiny):
+    a, name = tiny.anatomy, tiny.anatomy.out_projs[0]
+    pruning = Pruning({0, 1, 9}, {3, 50, 51, 140}, {name: torch.arange(0, 1024, 3)})
+    drawn, again, other = (pruning.like(tiny, seed) for seed in (0, 0, 1))
+    assert drawn == again != other
+    for parts, n in (("heads", a.n_heads), ("units", a.n_units)):
+        layers = [sorted(p // n for p in getattr(x, parts)) for x in (pruning, drawn)]
+        assert layers[0] == layers[1]
+    assert len(drawn.weights[name].unique()) == len(pruning.weights[name])
+    everything = Pruning(weights={name: torch.arange(1024)})
+    assert everything.like(tiny, 0) == everything
+
+
+def test_export_loads_in_plain_transformers(arch_lm, tmp_path):
+    name = arch_lm.anatomy.down_projs[0]
+    pruning = Pruning({2, 5}, {7}, {name: torch.tensor([3, 40, 41])})
+    with masked(arch_lm, pruning):
+        expected = logits(arch_lm)
+    clean = logits(arch_lm)
+    folder = masks.export(arch_lm, pruning, tmp_path / "pruned")
+    assert torch.equal(logits(arch_lm), clean)
+    again = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model.load(folder, device="cpu")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_export_is_all_or_nothing(tiny, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(FileExistsError, match="new folder"):
+        masks.export(tiny, Pruning({0}), tmp_path / "full")
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tiny.tokenizer, "save_pretrained", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        masks.export(tiny, Pruning({0}), tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+
+
+def test_cut_stays_through_training(arch_lm):
+    """The classifier's way: parts are gone for good, and get no gradient."""
+    pruning = Pruning({1, 6}, {7})
+    with masked(arch_lm, pruning):
+        expected = logits(arch_lm)
+    masks.cut(arch_lm.model, pruning)
+    torch.testing.assert_close(logits(arch_lm), expected, atol=1e-5, rtol=1e-5)
+    arch_lm.model.requires_grad_(True)
+    optimiser = torch.optim.SGD(arch_lm.model.parameters(), lr=0.1)
+    arch_lm.model(IDS, labels=IDS).loss.backward()
+    optimiser.step()
+    a = arch_lm.anatomy
+    columns = model.weight_of(arch_lm.model.get_submodule(a.out_projs[0]))[:, a.head_dim : 2 * a.head_dim]
+    assert np.count_nonzero(columns.detach()) == 0

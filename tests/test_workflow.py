@@ -1,0 +1,306 @@
+"""The workflow: what a configuration means, what is refused in all ways of running, skipping, kills, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import golden
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import toy
+import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from biasprune import __main__ as command
+from biasprune import workflow
+from biasprune.core import run
+from biasprune.papers import claims
+
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(run.ROOT / "Snakefile"), "--cores", "2"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A working directory with toy notebooks."""
+    folder = tmp_path_factory.mktemp("work")
+    toy.make(folder / "notebooks")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_work(work, monkeypatch) -> None:
+    monkeypatch.setenv("BIASPRUNE_NOTEBOOKS", str(work / "notebooks"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(work)
+
+
+def snakemake(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*SNAKEMAKE, *words], capture_output=True, text=True)
+
+
+def configured(path: str, **config) -> list[str]:
+    Path(path).write_text(yaml.safe_dump(config))
+    return ["--configfile", path]
+
+
+# ---- what a configuration means ----------------------------------------------------------------------
+
+
+def test_every_combination_and_each_notebook_gets_what_it_declares():
+    grid = {"seed": [0, 1], "flag": [False, True], "seeds": [[3, 4]]}
+    given = {"params": ["one", "two"], "notebooks": ["01_toy", "02_other"], "set": {"rate": 2}, "grid": grid}
+    runs = workflow.plan(given)
+    assert len(runs) == 2 * 2 * 2 + 2 * 2  # 02_other doesn't declare ``flag``: not repeated for its values
+    assert runs["one__seed-1__flag-True__seeds-3-4", "01_toy"] == {
+        **{"model": "gpt", "rate": 2.0, "seed": 1, "flag": True, "seeds": [3, 4]}
+    }
+    assert runs["two__seed-0__seeds-3-4", "02_other"] == {"model": "llama", "rate": 2.0, "seed": 0, "seeds": [3, 4]}
+    assert list(workflow.plan({"notebooks": ["01_toy"]})) == [("defaults", "01_toy")]
+    assert workflow.plan({"out": "x"})["all", "00_overview"] == {"reports": "x"}
+    odd = workflow.plan({"notebooks": ["01_toy"], "grid": {"model": ["a/b", "a--b", "x" * 50, "x" * 51]}})
+    assert len(odd) == 4 and all(re.fullmatch(r"[\w.-]{1,60}", label) for label, _ in odd)
+
+
+REFUSED = [
+    ({"notebook": ["01_toy"]}, "configuration: there is no parameter notebook (did you mean notebooks?)"),
+    ({"notebooks": ["01_tooy"]}, "notebook '01_tooy' is unknown: choose one of 00_overview, 01_toy"),
+    ({"params": ["on"]}, "parameter file 'on' is unknown: choose one of one, two"),
+    ({"params": ["broken.yaml"]}, "broken.yaml isn't a YAML file of names and values"),
+    ({"set": {"sede": 1}}, "01_toy: there is no parameter sede (did you mean seed?)"),
+    ({"params": ["typo.yaml"]}, "typo.yaml, 01_toy: there is no parameter sede (did you mean seed?)"),
+    ({"grid": {"sede": [1]}}, "there is no parameter sede"),
+    ({"set": {"special": True}, "notebooks": ["01_toy"]}, "these notebooks have no parameter special"),
+    ({"set": {"flag": "no"}}, "flag takes bool, not 'no' (str)"),
+    ({"set": {"seeds": "[0]"}}, "seeds takes list, not '[0]' (str)"),
+    ({"grid": {"seed": 1}}, "grid: seed takes list, not 1 (int)"),
+    ({"grid": {"seeds": [1]}}, "seeds takes list, not 1 (int)"),
+    ({"params": ["one", "elsewhere/one.yaml"]}, "two runs would be called one/01_toy"),
+]
+
+
+@pytest.mark.parametrize("config, message", REFUSED)
+def test_what_there_is_not_is_refused(config, message):
+    Path("elsewhere").mkdir(exist_ok=True)
+    for path, text in {"broken": "a: [1", "typo": "sede: 1", "elsewhere/one": "model: other"}.items():
+        Path(f"{path}.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        workflow.plan(config)
+    assert message in str(caught.value)
+
+
+def test_what_a_run_is_made_from(work, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("BIASPRUNE_DATA", str(tmp_path / "data"))
+    digests = []
+
+    def changed() -> bool:
+        workflow._contents.cache_clear()  # a command of its own
+        digests.append(workflow.made_from("01_toy", {"model": str(tmp_path / "my.csv"), "seed": 1}))
+        return digests[-1] not in digests[:-1]
+
+    assert changed() and not changed()
+    for path in ("my.csv", "data/prompts.csv", "data/models/a.json"):
+        run.write_text(tmp_path / path, "a")
+        assert changed(), path
+    os.utime(tmp_path / "my.csv", (1, 1))
+    run.write_text(tmp_path / "data" / "claims.csv", "read by the overview alone")
+    notebook = work / "notebooks" / "01_toy.ipynb"
+    before = notebook.read_text()
+    notebook.write_text(before.replace('"execution_count": null', '"execution_count": 3'))
+    assert not changed()
+    notebook.write_text(before.replace("Seed {seed}", "The seed {seed}"))
+    assert changed()
+    notebook.write_text(before)
+    monkeypatch.setattr(run, "code_sha256", lambda: "other code")
+    assert changed() and workflow.made_from("02_other", {}) != workflow.made_from("01_toy", {})
+
+
+def test_everything_shipped_fits_the_parameters_cells(monkeypatch):
+    monkeypatch.delenv("BIASPRUNE_NOTEBOOKS")
+    files = [p.stem for p in run.notebooks_dir().glob("params/*.yaml")]
+    runs = workflow.plan({"params": files})
+    notebooks = {notebook for _, notebook in runs}
+    assert len(runs) == len(files) * (len(notebooks) - 1) + 1
+    assert {workflow.OVERVIEW, *workflow.BENCHMARKS} <= notebooks
+    for path in run.notebooks_dir().glob("grids/*.yaml"):
+        assert workflow.plan(yaml.safe_load(path.read_text()))
+
+
+# ---- three ways of running ---------------------------------------------------------------------------
+
+SLIPS = {"sede 3": "no parameter sede (did you mean seed?)", "flag no": "flag takes bool, not 'no'"}
+SLIPS["seeds [0]"] = "seeds takes list, not '[0]' (str)"
+
+
+def test_papermill_refuses_slips_before_any_work():
+    papermill = [sys.executable, "-m", "papermill", "notebooks/01_toy.ipynb"]
+    started = {
+        slip: subprocess.Popen(
+            [*papermill, f"{i}.ipynb", "-p", *slip.split(), "-p", "out", f"papermill/{i}/x"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, slip in enumerate(SLIPS)
+    }
+    for slip, process in started.items():
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and SLIPS[slip] in said.strip().splitlines()[-1]
+    assert not Path("papermill").exists()
+
+
+def test_jupyter_refuses_slips_before_any_work():
+    for slip, message in {"sede = 3": "no parameter sede", "flag = 'no'": "flag takes bool"}.items():
+        node = nbformat.read("notebooks/01_toy.ipynb", as_version=4)
+        node.cells.insert(1, nbformat.v4.new_code_cell(slip))
+        with pytest.raises(CellExecutionError, match=message):
+            NotebookClient(node, kernel_name="python3").execute()
+    assert not Path("runs").exists()
+
+
+def test_the_workflow_refuses_slips_before_any_job():
+    done = snakemake(*configured("slip.yaml", params=["one"], set={"sede": 3}, out="slip"))
+    assert done.returncode == 1 and "01_toy: there is no parameter sede (did you mean seed?)" in done.stderr
+    assert not Path("slip").exists()
+
+
+# ---- runs --------------------------------------------------------------------------------------------
+
+
+def test_a_killed_workflow_goes_on_to_the_same_result_and_then_has_nothing_to_do(work):
+    config = {"params": ["one"], "notebooks": ["00_overview", "01_toy"], "set": {"wait": 0.5, "seed": 3}, "out": "kill"}
+    given = configured("kill.yaml", **config)
+    killed = subprocess.Popen([*SNAKEMAKE, *given], stderr=subprocess.DEVNULL)
+    while len(list(Path("kill").glob("one/01_toy/pieces-*/*.parquet"))) < 2:
+        time.sleep(0.05)
+    below = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    assert killed.wait(20) == -9
+    done = snakemake(*given)
+    assert done.returncode == 0, done.stderr
+    assert below and not psutil.wait_procs(below, timeout=0)[1]  # nobody was left behind
+    log = Path("kill/log.txt").read_text().splitlines()
+    assert len(set(log)) == 6 and len(log) <= 7  # the piece that it was about is made again, at most
+    pieces = pd.read_parquet("kill/one/01_toy/pieces.parquet")
+    assert pieces["x"].tolist() == [x for i in range(6) for x in np.random.default_rng([3, i]).normal(size=3)]
+    assert "Seed 3." in Path("kill/README.md").read_text() and Path("kill/claims.csv").is_file()
+    executed = Path("kill/one/01_toy.ipynb").read_text()
+    assert str(work) not in executed and "start_time" not in executed and 'out = \\"kill/one/01_toy' in executed
+    shutil.rmtree(".snakemake")  # as after a copy: other dates, nothing that Snakemake has noted
+    for path in Path("kill").rglob("*"):
+        os.utime(path, (1e9 + (".done" in path.name and "all" in path.parts),) * 2)
+    other = configured("other.yaml", **config | {"set": {"seed": 4}})
+    before, after = (snakemake(*words, "--dry-run").stdout for words in (given, other))
+    assert "rule all:" in before and "rule one/01_toy:" not in before and "rule all/00_overview:" not in before
+    assert "rule one/01_toy:" in after and "rule all/00_overview:" in after
+
+
+def test_others_go_on_where_one_fails_and_benchmarks_have_all_cores():
+    given = configured("fail.yaml", notebooks=["01_toy", "07_speed"], grid={"seed": [-1, 1]}, out="fail")
+    done = snakemake(*given)
+    assert done.returncode == 1 and "AssertionError: no seed: -1" in done.stdout + done.stderr
+    made = {p.parent.name: "no seed: -1" in p.read_text() for p in Path("fail").glob("*/01_toy.ipynb")}
+    assert made == {"seed--1": True, "seed-1": False}  # the failed notebook is kept
+    assert {p.parts[-3] for p in Path("fail").glob("*/*/.done-*")} == {"seed-1"}
+    threads = {p.stem: re.search(r"seed-1/\w+ (\d)", p.read_text())[1] for p in Path("fail/seed-1").glob("*.ipynb")}
+    assert threads == {"01_toy": "1", "07_speed": "2"}
+
+
+def test_a_finished_run_starts_from_nothing_and_a_stopped_one_goes_on(monkeypatch):
+    """Committed results are never taken for this machine's."""
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
+    for status, left in (("done", [".done-new"]), ("running", [".done-new", "run.json", "x.parquet"])):
+        folder = Path("made") / "a" / status
+        for name in ("x.parquet", ".done-old"):
+            run.write_text(folder / name, "x")
+        run.write_text(folder / "run.json", json.dumps({"status": status}))
+        workflow.execute(Path("x.ipynb"), folder, {}, folder / ".done-new")
+        assert sorted(p.name for p in folder.iterdir()) == left
+
+
+def test_paths_of_the_machine_are_taken_out():
+    source = 'reports = "/some/out"\nout = "/some/out/all/00_overview"\nx = "/some/out-2"'
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={"papermill": {"a": 1}})
+    node.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="/home/me: warning")]
+    nbformat.write(node, "x.ipynb")
+    workflow._without_traces(Path("x.ipynb"), Path("/some/out/all/00_overview"))
+    read = nbformat.read("x.ipynb", as_version=4)
+    assert read.cells[0].source == 'reports = "out"\nout = "out/all/00_overview"\nx = "/some/out-2"'
+    assert not read.cells[0].outputs and not read.metadata
+
+
+# ---- report and golden tables ------------------------------------------------------------------------
+
+
+def test_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    marks = "a\n<!-- results -->\nold\n<!-- end of results -->\nz"
+    run.write_text(tmp_path / "README.md", marks)
+    out = tmp_path / "reports"
+    run.write_text(out / "old" / "01_toy" / "run.json", '{"status": "done"}')
+    command.report(out)
+    said = capsys.readouterr().err
+    assert "1 records of another version of biasprune are left out" in said and "no report is written" in said
+    assert (tmp_path / "README.md").read_text() == marks and not (out / "README.md").exists()
+    for label, notebook in (("a", "01_toy"), ("z", "00_overview"), ("a", "07_speed")):
+        made = run.Run(out / label / notebook, {"axis": "gender"}, notebook)
+        made.inputs(model={"name": label, "dtype": "float32"})
+        made.frame(
+            "speed" if notebook == "07_speed" else "sums", lambda: pd.DataFrame({"x|y": [1234.5, 0.12345, np.nan]})
+        )
+        made.finish(f"{notebook} says.", tables={} if notebook == "07_speed" else {"sums": "Sums"}, figures={"f": "A"})
+    monkeypatch.setattr(sys, "argv", ["biasprune", "report", "--out", str(out)])
+    command.main()
+    text = (out / "README.md").read_text()
+    assert text.index("## 00_overview: z, z") < text.index("## 01_toy: a, a") < text.index("## 07_speed")
+    assert "| x\\|y |\n| --- |\n| 1,234 |\n| 0.123 |\n| – |" in text and "![A](a/01_toy/figures/f.png)" in text
+    assert list(pd.read_csv(out / "speed.csv")["run"]) == ["a"] * 3
+    assert set(pd.read_csv(out / "claims.csv")["verdict"]) == {claims.NOT_RUN}
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("a\n<!-- results -->\n") and readme.endswith("<!-- end of results -->\nz")
+    assert (
+        "**00_overview** (z). 00_overview says." in readme and "](reports/claims.csv)" in readme and "old" not in readme
+    )
+
+
+def test_the_readme_says_what_the_reports_say():
+    """Neither the repository's README nor its reports are touched here: the report is written to a copy."""
+    records = run.finished(run.ROOT / "reports")
+    if not records:
+        pytest.skip("the committed reports are of another version")
+    shutil.copytree(run.ROOT / "reports", "reports")
+    command.report(Path("reports"))
+    for name in ("README.md", "claims.csv"):
+        assert Path("reports", name).read_text() == (run.ROOT / "reports" / name).read_text(), name
+
+
+def test_golden_tables_tell_what_differs(tmp_path, capsys, monkeypatch):
+    old, new = tmp_path / "old" / "01_toy", tmp_path / "new" / "01_toy"
+    old.mkdir(parents=True), new.mkdir(parents=True)
+    frame = pd.DataFrame({"x": [1.0, np.nan, 1e6], "t": ["a", "b", "c"], "l": [[1], [2], []]})
+    for name, other in {
+        "same": frame.assign(x=frame["x"] * (1 + 1e-6)),
+        "number": frame.assign(x=frame["x"] + 0.5),
+        "text": frame.assign(t="a"),
+        "rows": frame.iloc[:2],
+        "columns": frame.drop(columns="l"),
+    }.items():
+        frame.to_parquet(old / f"{name}.parquet")
+        other.to_parquet(new / f"{name}.parquet")
+    frame.to_parquet(old / "gone.parquet")
+    assert golden.compare(old.parent, new.parent) == 5
+    said = capsys.readouterr().out
+    assert "equal      01_toy/same" in said and "01_toy/number, x: 1 of 3 numbers, by up to 0.5" in said
+    assert "01_toy/text, t: 2 of 3" in said and "01_toy/rows, rows: 3 → 2" in said and "gone, missing" in said
+    monkeypatch.setattr(golden, "EXPLAINED", {("01_toy", "*", "*"): "as meant"})
+    assert golden.compare(old.parent, new.parent) == 0 and "# as meant" in capsys.readouterr().out
