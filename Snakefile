@@ -50,7 +50,7 @@ for (label, notebook), values in RUNS.items():
     last = notebook == runs.OVERVIEW
 
     rule:
-        name: f"{label}/{notebook}"
+        name: f"{notebook}--{label}"  # a cluster takes no slash
         input: [*EARLIER, *(s for key, s in STAMPS.items() if key[1] != notebook)] if last else []
         output: STAMPS[label, notebook]
         log: f"{OUT}/{label}/{notebook}.log"
@@ -61,5 +61,5 @@ for (label, notebook), values in RUNS.items():
             folder=always(f"{OUT}/{label}/{notebook}"),
             values=always(json.dumps(values)),
         shell:
-            "BIASPRUNE_PROGRESS={log:q} exec {sys.executable:q} -m biasprune.workflow "
-            "{params.notebook:q} {params.folder:q} {params.values:q} {output:q} > {log:q} 2>&1"
+            "rm -f {log:q}; BIASPRUNE_PROGRESS={log:q} exec {sys.executable:q} -m biasprune.workflow "
+            "{params.notebook:q} {params.folder:q} {params.values:q} {output:q} >> {log:q} 2>&1"

@@ -202,42 +202,23 @@ def scatter(
     x: str,
     y: str,
     *,
-    hue: str | None = None,
-    name: str | None = None,
     xerr: str | None = None,
     yerr: str | None = None,
     panel: str | None = None,
     identity: bool = False,
-    logx: bool = False,
     xlabel: str = "",
     ylabel: str = "",
 ) -> Figure:
-    """A point per row, with what the column ``name`` says beside it ("" nothing); ``identity`` draws y = x.
-
-    Error bars are ± ``xerr`` and ± ``yerr``; where points have names, named ones alone have bars.
-    """
+    """A point per row with error bars of ± ``xerr`` and ± ``yerr``; ``identity`` draws y = x."""
     rows = _with_values(table, x, y)
     figure, parts = _panels(rows, panel, 3.2 if panel is None else 2.2, sharex=True, sharey=True)
     for axis, part in parts:
         axis.axhline(0, color="grey", lw=0.8, zorder=0)
-        for i, style, one in _groups(rows, part, hue):
-            axis.scatter(one[x], one[y], s=26, marker=MARKERS[i % 8], alpha=0.75, ec="white", lw=0.4, **style)
-            reach = one if name is None else one[one[name] != ""]
-            errors = {k: reach[c] for k, c in (("xerr", xerr), ("yerr", yerr)) if c is not None}
-            axis.errorbar(reach[x], reach[y], fmt="none", ecolor=style["color"], elinewidth=0.8, alpha=0.6, **errors)
+        axis.scatter(part[x], part[y], s=26, marker="o", alpha=0.75, color="black", ec="white", lw=0.4)
+        errors = {k: part[c] for k, c in (("xerr", xerr), ("yerr", yerr)) if c is not None}
+        axis.errorbar(part[x], part[y], fmt="none", ecolor="black", elinewidth=0.8, alpha=0.6, **errors)
         if identity:
             axis.axline((0, 0), slope=1, color="black", lw=0.9, ls=":")
-        if logx:
-            _log(axis, "x", rows[x])
-    figure.draw_without_rendering()  # fixes the limits
-    line = {"arrowstyle": "-", "color": "grey", "lw": 0.6}
-    for axis, part in parts if name is not None else ():
-        beside = 1.1  # along the right, since named points often lie close together
-        for _, point in part[part[name] != ""].sort_values([y, x], ascending=False).iterrows():
-            place = point[x], point[y]
-            beside = min(axis.transAxes.inverted().transform(axis.transData.transform(place))[1], beside - 0.07)
-            where = {"xytext": (1.03, beside), "textcoords": "axes fraction", "va": "center", "arrowprops": line}
-            axis.annotate(point[name], place, **where)
     return _finish(figure, xlabel, ylabel)
 
 

@@ -121,7 +121,7 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any], stamp: Pat
     executed, old = folder.parent / notebook.name, list(folder.glob(".done-*"))
     with suppress(OSError, ValueError):  # no record, or a damaged one
         if json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "done":
-            old += [folder / "run.json", *folder.glob("*.parquet")]
+            old += [folder / "run.json", *folder.glob("*.parquet"), *folder.glob("figures/*")]
     for path in old:
         path.unlink()
     parameters = {**parameters, "out": folder.as_posix()}

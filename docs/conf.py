@@ -66,9 +66,7 @@ def contents() -> str:
     for path in sorted((ROOT / "reports").glob("*/*.ipynb"), key=lambda p: (p.parts[-2] != "all", p)):
         found.setdefault(path.parts[-2], []).append(f"{path.stem} <reports/{path.parts[-2]}/{path.stem}>")
     groups = {"Texts": [*texts, "reports/README"]}
-    groups["Data"] = [
-        p.relative_to(ROOT).as_posix()[:-3] for p in sorted((ROOT / "data").glob("*/README.md"))
-    ]
+    groups["Data"] = [p.relative_to(ROOT).as_posix()[:-3] for p in sorted((ROOT / "data").glob("*/README.md"))]
     groups |= {"Overview" if k == "all" else f"Notebooks, {k}": v for k, v in found.items()}
     block = "```{{toctree}}\n:hidden:\n:caption: {}\n\n{}\n```\n"
     return "\n".join(block.format(name, "\n".join(entries)) for name, entries in groups.items())
@@ -82,9 +80,7 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
 
 def add_alternatives(app: Sphinx, doctree: nodes.document) -> None:
     """Alternative texts of a notebook's figures: the first line about the function that drew each."""
-    for cell in doctree.findall(
-        lambda n: isinstance(n, nodes.container) and n.get("nb_element") == "cell_code"
-    ):
+    for cell in doctree.findall(lambda n: isinstance(n, nodes.container) and n.get("nb_element") == "cell_code"):
         source = "".join(n.astext() for n in cell.findall(nodes.literal_block))
         drawn = [f for f in re.findall(r"\bfigures\.(\w+)\(", source) if f != "save"]
         for name, image in zip(drawn, cell.findall(nodes.image), strict=False):

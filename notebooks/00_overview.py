@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -33,10 +37,10 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 # %%
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 
+from biasprune import figures
 from biasprune.core.parameters import ROOT
 from biasprune.core.run import start
 from biasprune.papers import claims
@@ -58,14 +62,8 @@ run.inputs(model={"name": f"{n_runs} runs"}, claims=table)
 counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
 counts = counts.reindex(columns=list(claims.VERDICTS), fill_value=0).reset_index()
 counts = run.frame("summary", lambda: counts)
-figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
-colours = ["#003f72", "#d55e00", "#fff3b0", "lightgrey", "white"]
-counts.set_index("paper")[::-1].plot.barh(stacked=True, color=colours, edgecolor="black", ax=axis)
-for bars, ink in zip(axis.containers, ["white", *["black"] * 4], strict=True):
-    axis.bar_label(bars, [f"{n:.0f}" if n else "" for n in bars.datavalues], label_type="center", color=ink)
-axis.set(xlabel="claims × runs × cases", ylabel="")
-axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-run.figure(figure, "verdicts")
+long = counts.melt("paper", var_name="verdict", value_name="n")
+run.figure(figures.bars(long, "n", "paper", "verdict", xlabel="claims × runs × cases"), "verdicts")
 counts.style.hide(axis="index")
 
 # %%

@@ -70,7 +70,6 @@ import json
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import transformers
 from IPython.display import Markdown, display
@@ -265,15 +264,17 @@ def faded(name: str) -> dict:
 
 
 def said(row: pd.Series) -> dict:
-    works = row["same_low"] > smallest_effect and row["more_low"] > smallest_effect
-    rule = {"reproduced": row["lost_low"] > smallest_effect, "refuted": row["lost_high"] < smallest_effect}
-    why = f"same question {row['same']:.2f} ({row['same_low']:.2f} – {row['same_high']:.2f}) removed, "
-    why += f"{row['more']:.2f} more than random; {'' if works else 'no fix to transfer; '}"
-    lost = f"lost on the way {row['lost']:.2f}, with one pruning {row['lost_between']:.2f}"
-    why += lost if np.isfinite(row["lost"]) else "there is one context only"
-    told = verdict(**{k: works and bool(v) for k, v in rule.items()}, biased=len(clear) > 0)
-    ours = dict(zip(("ours", "low", "high"), row[["lost", "lost_low", "lost_high"]], strict=True))
-    return {"case": row["method"], **ours, "verdict": told, "why": why}
+    works, lost = bool((row[["same_low", "more_low"]] > smallest_effect).all()), row["lost_low"]
+    rule = {"reproduced": lost > smallest_effect, "refuted": row["lost_high"] < smallest_effect}
+    rule = {name: works and bool(is_so) for name, is_so in rule.items()}
+    why = "removed on the same question {same:.2f} ({same_low:.2f} – {same_high:.2f}), {more:.2f} more than random"
+    why += (
+        ", lost on the way {lost:.2f}, with one pruning {lost_between:.2f}"
+        if lost == lost
+        else ", one context"
+    )
+    why = why.format(**row) + ("" if works else "; no fix to transfer")
+    return {"case": row["method"], "verdict": verdict(**rule, biased=len(clear) > 0), "why": why}
 
 
 clear = gaps.loc[gaps["directed_low"] > smallest_effect, "context"].tolist()
@@ -281,6 +282,7 @@ fading = run.frame("fading", lambda: pd.DataFrame([faded(name) for name in trans
 claim = {"id": "B5", "claim": "The effect of pruning fades from the same question to another context"}
 claim["what"] = "SMD removed on the same question − in another context; 95 % over names"
 verdicts = pd.DataFrame([{**claim, **said(row)} for _, row in fading.iterrows()])
+verdicts[["ours", "low", "high"]] = fading[["lost", "lost_low", "lost_high"]]
 each = "; ".join(f"{r.case}: **{r.verdict}** ({r.why})" for r in verdicts.itertuples())
 sentence = (
     f"{model}, {groups[0]} against {groups[1]}: a gap beyond noise in {len(clear)} of {len(gaps)} contexts "

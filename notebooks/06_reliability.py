@@ -41,7 +41,7 @@ test_tokens: int = 1024  # tokens of test text for the reported perplexity; 0 ta
 cheap_fidelity: str = "importance"  # or gradient: effects of all heads from the unpruned model's texts
 cheap_prompts: int = 0  # prompts for it; 0 takes all
 exact_prompts: int = 84  # prompts for texts written without each head, with common and independent noise
-exact_layers: int = 2  # layers whose heads are scored so, evenly spread
+exact_layers: int = 2  # layers whose heads are scored so, evenly spread; 0 takes all
 trust_seeds: list = [0, 1]  # sampling seeds of sections 2 and 3
 trust_counts: list = [28, 56, 112, 224, 448, 896, 1792]  # numbers of prompts to show the reliability at
 wanted_reliability: float = 0.8  # how many prompts does it take?
@@ -129,8 +129,8 @@ else:
 
 # %%
 sampling = {"max_new_tokens": max_new_tokens, "batch_rows": batch_rows, "batch_tokens": batch_tokens}
-single, n_heads = heads.single_heads(net), net.anatomy.n_flat
-layers = np.unique(((np.arange(exact_layers) + 0.5) * net.anatomy.n_layers / exact_layers).astype(int))
+single, n_heads, depth = heads.single_heads(net), net.anatomy.n_flat, net.anatomy.n_layers
+layers = np.unique(np.linspace(0, depth, 2 * (exact_layers or depth) + 1)[1::2].astype(int))
 exact_heads, weighs = heads.single_heads(net, layers.tolist()), cheap_fidelity == "importance"
 
 

@@ -135,7 +135,7 @@ def plant(measure: ch.Choices, places: dict[str, tuple], steps: int = 24) -> LM:
     for _ in range(steps):
         optimiser.zero_grad()
         with torch.enable_grad():
-            for which, ids in measure._batches(lm, rows, 4096):
+            for which, ids in measure._per_row(lm, rows, 4096)[0]:
                 (-(sign[which] * ch.log_odds(lm, ids, rows.iloc[which.numpy()])).sum()).backward()
         for name, place in places.items():
             weights[name].grad.zero_()[place] = weights[name].grad[place].clone()

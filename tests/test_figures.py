@@ -78,19 +78,12 @@ def test_heat_map_cells_say_what_they_are():
     assert [t.get_text() for t in panels[1].texts] == ["–", "0"] and panels[0].get_title("left") == "k"
 
 
-def test_scatter_names_points_without_overlap():
-    table = pd.DataFrame({"x": [-1.0, 1, 10, 1.1], "y": [0.0, 3, 1, 2.99], "e": 0.5, "name": ["", "L1H2", "", "L3H4"]})
-    figure = figures.scatter(table, "x", "y", name="name", yerr="e", identity=True, logx=True)
-    axis = figure.axes[0]
-    named = {t.get_text(): t for t in axis.texts}
-    assert {k: tuple(t.xy) for k, t in named.items()} == {"L1H2": (1, 3), "L3H4": (1.1, 2.99)}
-    heights = [t.get_position()[1] for t in named.values()]
-    assert heights[0] - heights[1] == pytest.approx(0.07)
-    assert axis.get_xscale() == "symlog", "values below 0 stay in the figure"
-    bars = [s for c in axis.collections if hasattr(c, "get_segments") for s in c.get_segments()]
-    assert np.stack(bars)[:, :, 1] == pytest.approx(np.array([[2.5, 3.5], [2.49, 3.49]])), "of named points alone"
-    hues = figures.scatter(table.assign(k=list("aabb")), "x", "y", hue="k").axes[0]
-    assert [len(c.get_offsets()) for c in hues.collections] == [2, 2]
+def test_scatter_has_points_error_bars_and_identity():
+    table = pd.DataFrame({"x": [-1.0, 1, 10], "y": [0.0, 3, 1], "e": 0.5, "k": list("aab")})
+    left, right = figures.scatter(table, "x", "y", yerr="e", panel="k", identity=True).axes
+    assert dots(left)[:, :2].tolist() == [[-1, 0], [1, 3]] and dots(right)[:, :2].tolist() == [[10, 1]]
+    ends = [s[:, 1].tolist() for c in left.collections if hasattr(c, "get_segments") for s in c.get_segments()]
+    assert ends == [[-0.5, 0.5], [2.5, 3.5]] and left.lines[-1].get_slope() == 1
 
 
 def test_bars_are_stacked_hatched_and_numbered():

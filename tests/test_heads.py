@@ -319,7 +319,6 @@ def test_the_planted_bias_sits_in_that_head_alone(planted, known):
     [
         (lambda lm: measure(PROMPTS.assign(group="a")), "prompts of one group"),
         (lambda lm: measure(PROMPTS.drop(columns="group")), "no column group"),
-        (lambda lm: measure(PROMPTS[:0]), "no rows"),
         (lambda lm: measure(rule="other"), "choose one of corrected, as_published"),
         (lambda lm: measure(PROMPTS.assign(prompt="")).read(lm, [UNPRUNED]), "text 0 is empty"),
         (lambda lm: measure(reader=lambda t: [np.nan] * len(t)).read(lm, [UNPRUNED]), "outside"),

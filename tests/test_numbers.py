@@ -25,9 +25,6 @@ from biasprune.methods import judge, parts
 GROUPS = ("Ostrin", "Velani")
 ASKING = nb.Asking(seeds=(0, 1, 2, 3), max_new_tokens=4, chat=False, most=12)
 
-# ---- parsing -----------------------------------------------------------------------------------------
-
-
 NUMBERS = {"$1,500": 1500, "about 12.5 hours": 12.5, "50k": 50_000, "5 k": 5_000, "5M": 5e6, "5b": 5e9, "$2bn": 2e9}
 NUMBERS |= {"$1.2 million": 1_200_000, "5\nBelanto": 5, "5\nM": 5, "1,2": 1, "150,000USD": 150_000, "75.5kg": 75.5}
 NUMBERS |= {"120,000km": 120_000, ".5": 0.5, "30 to 10": 30, "200. I would start at 150": 200}
@@ -78,9 +75,6 @@ def test_parser_and_distribution_agree_on_what_carries_a_number_on():
     assert [Names.every[i] for i in nb._carries(fake)] == Names.carry
 
 
-# ---- tables and prompts ------------------------------------------------------------------------------
-
-
 def test_our_tables():
     contexts = nb.contexts()
     assert set(contexts["context"]) == {"purchase", "service", "activity", "finance", "hiring"}
@@ -99,24 +93,19 @@ def test_the_papers_lists_are_read(published):
     assert [len(half) for half in halves] == [32, 32]
 
 
-CONTEXT, NAMES = "context,variation,question\n", "name,race,gender\n"
+CONTEXT, NAMES = "context,variation,question\n", "name,race,gender\nNa,x,f\n"
+by_race, by_age = (partial(nb.names, by=column, groups=["x", "y"]) for column in ("race", "age"))
+BAD = [
+    (CONTEXT + "a,b,Who is it?\n", nb.contexts, r"without \{name\}: 'Who is it\?'"),
+    ("context,variation\na,b\n", nb.contexts, "no column question"),
+    (CONTEXT + "a,b,{name}?\n", partial(nb.contexts, only=["c"]), "context 'c' is unknown: choose one of a"),
+    (NAMES + "Na,y,f\n", by_race, "'Na' comes twice"),
+    (NAMES + "Nb,y,f\n", by_race, r"give two of x, y \(race\), each"),
+    (NAMES + "Nb,y,f\n", by_age, "no column age"),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "read", "message"),
-    [
-        (CONTEXT + "a,b,Who is it?\n", nb.contexts, r"without \{name\}: 'Who is it\?'"),
-        ("context,variation\na,b\n", nb.contexts, "no column question"),
-        (CONTEXT + "a,b,{name}?\n", partial(nb.contexts, only=["c"]), "context 'c' is unknown: choose one of a"),
-        (NAMES + "Na,x,f\nNa,y,f\n", partial(nb.names, by="race", groups=["x", "y"]), "'Na' comes twice"),
-        (
-            NAMES + "Na,x,f\nNb,y,f\n",
-            partial(nb.names, by="race", groups=["x", "y"]),
-            r"give two of x, y \(race\), each",
-        ),
-        (NAMES + "Na,x,f\nNb,y,f\n", partial(nb.names, by="age", groups=["x", "y"]), "no column age"),
-    ],
-)
+@pytest.mark.parametrize(("text", "read", "message"), BAD)
 def test_files_that_do_not_serve(tmp_path, text, read, message):
     file = tmp_path / "x.csv"
     file.write_text(text)
@@ -124,12 +113,12 @@ def test_files_that_do_not_serve(tmp_path, text, read, message):
         read(file)
 
 
-def asked(lm, asking=ASKING, most=2, half=None, only=()) -> nb.Numbers:
+def asked(lm, half: int | None = None) -> nb.Numbers:
     """The planted model's questions about all names, or one half."""
-    contexts = nb.contexts("models/planted-audit/contexts.csv", only, most)
+    contexts = nb.contexts("models/planted-audit/contexts.csv", most=2)
     halves = nb.names("models/planted-audit/names.csv", "race", GROUPS)
     names = pd.concat(halves) if half is None else halves[half]
-    return nb.numbers(lm, contexts, names, by="race", groups=GROUPS, asking=asking)
+    return nb.numbers(lm, contexts, names, by="race", groups=GROUPS, asking=ASKING)
 
 
 def test_prompts_have_their_special_tokens_once():
@@ -203,14 +192,6 @@ def test_distribution_is_the_definition(arch_lm):
 
 
 @torch.no_grad()
-def test_digits_carry_a_number_on():
-    lm = model.load("planted-audit", device="cpu")
-    four, zero = (lm.tokenizer.get_vocab()[t] for t in "40")
-    tokens, ids = [(four,), (four, zero)], torch.tensor([lm.tokenizer(PROMPTS[0])["input_ids"]])
-    expected = one_by_one(lm, PROMPTS[0], tokens, 0.6, nb._carries(lm).tolist())
-    np.testing.assert_allclose(nb._probs(lm, ids, tokens, 0.6)[0], expected, rtol=1e-4, atol=1e-9)
-
-
 def test_distribution_agrees_with_sampling():
     lm = model.load("planted-audit", device="cpu")
     asking = replace(ASKING, seeds=tuple(range(600)), most=6)
@@ -224,6 +205,10 @@ def test_distribution_agrees_with_sampling():
     np.testing.assert_allclose(mean, logs.mean(), atol=4.5 * logs.std().max() / np.sqrt(600))
     np.testing.assert_allclose(np.sqrt(square - mean**2), logs.std(), rtol=0.2)
     assert ((covered > 0.8) & (covered < 1)).all(), "six numbers are most of what this model answers"
+    four, zero = (lm.tokenizer.get_vocab()[t] for t in "40")
+    tokens, ids = [(four,), (four, zero)], torch.tensor([lm.tokenizer(PROMPTS[0])["input_ids"]])
+    expected = one_by_one(lm, PROMPTS[0], tokens, 0.6, nb._carries(lm).tolist())
+    np.testing.assert_allclose(nb._probs(lm, ids, tokens, 0.6)[0], expected, rtol=1e-4, atol=1e-9)
 
 
 def test_half_precision_is_mended():
@@ -242,7 +227,7 @@ def test_half_precision_is_mended():
 
 
 def test_slopes_by_finite_differences(arch_lm, monkeypatch):
-    monkeypatch.setattr(nb, "candidates", lambda sampled, asking: CANDIDATES)
+    monkeypatch.setattr(nb, "candidates", lambda *_: CANDIDATES)
     asking, rng, step = replace(ASKING, temperature=1.0), np.random.default_rng(0), 1e-3
     arch_lm.model.double()
     for what in ("heads", "units"):
@@ -256,9 +241,6 @@ def test_slopes_by_finite_differences(arch_lm, monkeypatch):
                     ends.append(nb.moments(arch_lm, asking, PROMPTS, CANDIDATES)[:, 0])
             expected, near = (ends[0] - ends[1]) / (2 * step), 5e-3 * np.abs(slopes).max()
             np.testing.assert_allclose(slopes[:, layer, part], expected, rtol=0.01, atol=near)
-
-
-# ---- gaps --------------------------------------------------------------------------------------------
 
 
 def table(questions=("u",), names=12) -> pd.DataFrame:
@@ -319,9 +301,6 @@ def test_intervals_cover_the_truth_over_names():
         hits += [low <= t <= high for (low, high), t in zip(ends, truth, strict=True)]
         narrow += np.diff(ends[1])[0] < np.diff(ends[0])[0]
     assert (hits / n > 0.87).all() and narrow / n > 0.95
-
-
-# ---- the planted model -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -450,8 +429,8 @@ def test_as_published_against_a_plain_reimplementation(planted_audit):
 def test_health_by_hand(planted_audit):
     """A model that answers nothing has no gap: NaN and its health, not 0."""
     lm, _, test, _, text = planted_audit
-    market, a = test.split("context")["market"], lm.anatomy
-    dead = Pruning(heads=range(a.n_flat), units=range(a.n_layers * a.n_units))
+    market, n = test.split("context")["market"], lm.anatomy
+    dead = Pruning(heads=range(n.n_flat), units=range(n.n_layers * n.n_units))
     frame = market.read(lm, [Pruning(), dead])
     whole, gone = market.health(frame).groupby("pruning", sort=False).mean(numeric_only=True).iloc
     assert gone["unparsable"] > 0.9 and gone["covered"] == 0 and np.isnan(market.readings(frame).bias()[1])

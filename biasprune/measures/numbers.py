@@ -1,14 +1,12 @@
 """Numeric answers about a person: the same question over the names of two groups, and the gap between them.
 
 Sampled answers say which numbers come into question. The probability of each is then read off for every name, so that
-names, and pruned models, are compared by what they would answer on average and not by a few draws.
-
-Source: Ma, Salinas, Henderson & Nyarko, "Breaking Down Bias", FAccT 2025. Questions and names are our own.
+names and pruned models are compared by what they would answer on average. Source: Ma, Salinas, Henderson & Nyarko,
+"Breaking Down Bias", FAccT 2025; questions and names are our own.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from biasprune.core.data import bar, choose, need, read_csv
@@ -42,10 +39,10 @@ Candidates = dict[tuple[int, ...], float]  # tokens of an answer up to the end o
 
 
 def contexts(source: str | Path = "biasprune", only: Sequence[str] = (), most: int = 0) -> pd.DataFrame:
-    """Questions, ours or a CSV file's: context, variation, question (with ``{name}``), prefix (optional: "$").
+    """Questions, ours or a CSV file's: context, variation, question (with ``{name}``), prefix (optional, such as "$").
 
-    Of some contexts (``only``; none named: all), at most so many each (``most``; 0: all). ``template`` is read as
-    question, as in the paper's lists, and a question's ``{variation}`` is filled in.
+    Of some contexts (``only``; none named: all), at most so many each (``most``; 0: all). A column ``template`` is read
+    as question, as in the paper's lists.
     """
     table = read_csv("audit/contexts.csv" if source == "biasprune" else source).rename(columns={"template": "question"})
     need(table, ["context", "variation", "question"], str(source))
@@ -62,7 +59,7 @@ def contexts(source: str | Path = "biasprune", only: Sequence[str] = (), most: i
 def names(source: str | Path, by: str, groups: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Names of two groups, ours or a CSV file's, to select with and to judge by: halves of each race and gender.
 
-    Columns: name (or first_name), race, gender; ``by`` is the one that has the groups.
+    Columns: name (or first_name), race, gender; ``by`` has the groups.
     """
     table = read_csv("audit/names.csv" if source == "biasprune" else source).rename(columns={"first_name": "name"})
     need(table, ["name", "race", "gender", by], str(source))
@@ -84,15 +81,15 @@ def parse(answer: str) -> tuple[float, str, str]:
     "$100-$150" becomes 100150.)
     """
     if not (match := _FIRST.search(answer)):
-        return math.nan, "unparsable", answer
+        return np.nan, "unparsable", answer
     low, low_scale, high, high_scale = match.groups()
     scales = [_TIMES.get((scale or "").lower(), 1.0) for scale in (low_scale or high_scale, high_scale)]
     first = float(low.replace(",", "")) * scales[0]  # "5 to 10 thousand" begins with 5,000
-    second = float(high.replace(",", "")) * scales[1] if high else math.inf
+    second = float(high.replace(",", "")) * scales[1] if high else np.inf
     rest = answer[match.end() :]
-    if first < second < math.inf:
+    if first < second < np.inf:
         return (first + second) / 2, "range", rest
-    return (first, "number", rest) if math.isfinite(first) else (math.nan, "unparsable", rest)
+    return (first, "number", rest) if np.isfinite(first) else (np.nan, "unparsable", rest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +111,12 @@ class Asking:
         return np.log(values.where(values > 0)) if self.log else values
 
 
-def answers(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
+@lru_cache(maxsize=256)
+def answers(lm: LM, asking: Asking, prompts: tuple[str, ...], pruning: str = "") -> pd.DataFrame:
     """Sampled answers: prompt, seed, text, value, kind, tokens (ids up to the number's end, as text).
 
-    kind is as of ``parse``, or "cut" (NaN) where the last token may have cut a number, its scale or a range.
+    kind is as of ``parse``, or "cut" (NaN) where the last token may have cut a number, its scale or a range. Kept; the
+    text of a ``pruning`` tells apart what ``masked`` models answer.
     """
     drawing = {"max_new_tokens": asking.max_new_tokens, "temperature": asking.temperature, "top_k": asking.top_k}
     ids = sample(lm, prompts, seeds=asking.seeds, special=not asking.chat, **drawing).tokens[0]
@@ -128,7 +127,7 @@ def answers(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
         begins = lm.tokenizer.batch_decode([kept[: n + 1] for n in range(len(kept))], skip_special_tokens=True)
         value, kind, rest = parse(begins[-1])
         if row[-1] >= 0 and any(scale.startswith(rest.strip(" ,.-–—$").lower()) for scale in _TIMES):
-            value, kind = math.nan, "cut"
+            value, kind = np.nan, "cut"
         n = 1 + [parse(b)[:2] for b in begins].index((value, kind)) if kind == "number" else 0
         return begins[-1], value, kind, " ".join(map(str, kept[:n]))
 
@@ -137,34 +136,23 @@ def answers(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["prompt", "seed", "text", "value", "kind", "tokens"])
 
 
-def candidates(sampled: pd.DataFrame, asking: Asking) -> Candidates:
-    """The most frequent answers over all names; none if no two numbers differ."""
+def candidates(sampled: pd.DataFrame, asking: Asking, needed: bool = True) -> Candidates:
+    """The most frequent answers over all names; if no two numbers differ, none, or where ``needed`` a ValueError."""
     sampled = sampled.assign(value=asking.compared(sampled["value"]))
     usable = sampled[(sampled["tokens"] != "") & sampled["value"].notna()]
     counts, value = usable["tokens"].value_counts(), usable.drop_duplicates("tokens").set_index("tokens")["value"]
     kept = sorted(counts.index, key=lambda t: (-counts[t], t))[: asking.most]
-    return {tuple(map(int, t.split())): value[t] for t in kept} if value[kept].nunique() > 1 else {}
-
-
-@lru_cache(maxsize=256)
-def _unpruned(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
-    """The unpruned model's answers to a question, kept for slopes and examples. It must have some."""
-    sampled = answers(lm, asking, prompts)
-    if not candidates(sampled, asking):
+    if value[kept].nunique() > 1:
+        return {tuple(map(int, t.split())): value[t] for t in kept}
+    if needed:
         said = f"no two different numbers among {len(sampled)} answers, such as {sampled['text'].iloc[0]!r}"
         raise ValueError(f"{said}: ask otherwise (prefix, chat, suffix), more often, or another model.")
-    return sampled
-
-
-# ---- the distribution over numbers -------------------------------------------------------------------
+    return {}
 
 
 @lru_cache(maxsize=4)
 def _carries(lm: LM) -> Tensor:
-    """Tokens that make another number of the one before: digits, a comma, and the scales that ``parse`` knows.
-
-    A point isn't among them: "20." and "20.00" are 20, and "20.5" nearly so.
-    """
+    """Tokens that make another number of the one before: digits, commas, scales; no point, "20.5" is nearly 20."""
     size = min(len(lm.tokenizer), lm.model.get_output_embeddings().weight.shape[0])
     tokens = enumerate(lm.tokenizer.convert_ids_to_tokens(range(size)))
     carries = [i for i, t in tokens if t and (re.match(r"[\d,]", t) or t.lstrip("Ġ▁ ").lower() in _TIMES)]
@@ -188,7 +176,8 @@ def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], temperature:
     that of longer answers. So all sum to at most 1.
     """
     n, carries, lengths = len(answers), _carries(lm), torch.tensor([len(t) for t in answers], device=ids.device)
-    rows, past = pad_sequence([torch.tensor(t) for t in answers], batch_first=True).to(ids.device), DynamicCache()
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in answers], batch_first=True).to(ids.device)
+    past, every = DynamicCache(), torch.arange(n, device=ids.device)
     first = lm.model.base_model(ids, past_key_values=past, use_cache=True).last_hidden_state[:, -1:]
     past.batch_repeat_interleave(n)
     hidden = lm.model.base_model(rows.repeat(len(ids), 1), past_key_values=past, use_cache=True).last_hidden_state
@@ -198,11 +187,9 @@ def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], temperature:
     once = _normaliser(lm, hidden.flatten(1, 2)[:, [begins.index(begin) for begin in node]], temperature)
     whole = once[:, torch.tensor([node[begin] for begin in begins]).view(n, -1)]
     token = unembed(lm, hidden[:, :, :-1], rows[None, ..., None].expand(len(ids), -1, -1, -1))[..., 0]
-    path, every = (token / temperature - whole[:, :, :-1]).cumsum(-1), torch.arange(n, device=ids.device)
-    p = path[:, every, lengths - 1].exp()
-    if len(carries):
-        on = (unembed(lm, hidden[:, every, lengths], carries) / temperature).logsumexp(-1) - whole[:, every, lengths]
-        p = p * -torch.expm1(on.clamp(max=-1e-6))
+    p = (token / temperature - whole[:, :, :-1]).cumsum(-1)[:, every, lengths - 1].exp()
+    on = (unembed(lm, hidden[:, every, lengths], carries) / temperature).logsumexp(-1) - whole[:, every, lengths]
+    p = p * -torch.expm1(on.clamp(max=-1e-6))
     each, stops = {}, set(carries.tolist())
     for i, t in sorted(enumerate(answers), key=lambda pair: -len(pair[1])):
         longer = [q for o, q in each.items() if len(o) > len(t) and o[: len(t)] == t and o[len(t)] not in stops]
@@ -223,7 +210,7 @@ def moments(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates)
         covered = p.sum(1)
         out[rows.numpy()] = np.stack([p @ value / covered, p @ value**2 / covered, covered], 1)
 
-    for rows, ids in equal_lengths(encode(lm, prompts, special=not asking.chat), 1024) if numbers else ():
+    for rows, ids in equal_lengths(encode(lm, prompts, special=not asking.chat), 2048) if numbers else ():
         in_halves(run, rows, ids)
     return out
 
@@ -231,18 +218,15 @@ def moments(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates)
 @lru_cache(maxsize=64)
 def _slopes(lm: LM, asking: Asking, prompts: tuple[str, ...], parts: str) -> np.ndarray:
     """∂ mean (log) answer / ∂ mask: (prompts, layers, parts); kept for controls, which have other labels."""
-    numbers = candidates(_unpruned(lm, asking, prompts), asking)
+    numbers = candidates(answers(lm, asking, prompts, ""), asking)
     value = torch.tensor(list(numbers.values()), dtype=torch.float32, device=lm.device)
 
     def mean(rows: Tensor, ids: Tensor) -> Tensor:
         p = _probs(lm, ids, list(numbers), asking.temperature)
         return (p * value).sum(1) / p.sum(1)
 
-    batches = equal_lengths(encode(lm, prompts, special=not asking.chat), 512)
+    batches = equal_lengths(encode(lm, prompts, special=not asking.chat), 1024)
     return mask_gradients(lm, batches, mean, len(prompts), parts)
-
-
-# ---- the measure -------------------------------------------------------------------------------------
 
 
 def mean_smd(values: np.ndarray, items: pd.DataFrame, weights: np.ndarray, groups: tuple[str, str]) -> np.ndarray:
@@ -301,11 +285,12 @@ class Numbers(Measure):
         check_unembedding(lm)
         frames, questions = [], self.split("question").values()
         for pruning in bar(prunings, desc=progress):
-            ask, each, said = answers if len(pruning) else _unpruned, [], []
+            each, said = [], []
             for prompts in (one.prompts for one in questions):
                 with masked(lm, pruning):
-                    sampled = ask(lm, self.asking, prompts)
-                    each.append(moments(lm, self.asking, prompts, candidates(sampled, self.asking)))
+                    sampled = answers(lm, self.asking, prompts, str(pruning))
+                    numbers = candidates(sampled, self.asking, needed=not len(pruning))
+                    each.append(moments(lm, self.asking, prompts, numbers))
                 values = sampled["value"].map("{:.12g}".format)
                 said += values.groupby(sampled["prompt"], sort=False).agg(" ".join).tolist()
             mean, square, covered = np.concatenate(each).T
@@ -319,10 +304,7 @@ class Numbers(Measure):
         return np.stack([means, np.zeros_like(means)], 1).reshape(-1, *means.shape[1:])
 
     def effects(self, lm: LM, parts: str = "heads") -> np.ndarray:
-        """Mean over questions of sign · ∂SMD / ∂mask, the spread of the answers held fixed: (layers · parts,).
-
-        The sign is that of the gap among these names, whatever ``directed`` says.
-        """
+        """Mean over questions of sign(SMD) · ∂SMD / ∂mask, the spread of the answers held fixed: (layers · parts,)."""
         gaps = []
         for one in self.split("question").values():
             pairs = one.read(lm, [Pruning()])["value"].to_numpy().reshape(-1, 2)
@@ -334,7 +316,7 @@ class Numbers(Measure):
 
     def examples(self, lm: LM) -> tuple[Examples, Examples]:
         """The second group's questions with the model's own numeric answers, one for each name; the first group's."""
-        sampled = pd.concat([_unpruned(lm, q.asking, q.prompts) for q in self.split("question").values()])
+        sampled = pd.concat([answers(lm, q.asking, q.prompts, "") for q in self.split("question").values()])
         first = sampled[sampled["tokens"] != ""].drop_duplicates("prompt")
         table, sides = self.items.iloc[::2].merge(first, on="prompt"), []
         for group in reversed(self.groups):
@@ -351,8 +333,8 @@ class Numbers(Measure):
         for question, one in self.split("question").items():
             readings = one.readings(frame)
             floors = np.abs(readings.null(n_perm, cluster="cluster")).mean(0)
-            for (pruning, estimate), floor in zip(readings.estimates().items(), floors, strict=True):
-                rows.append({"pruning": pruning, "question": question, **estimate.row("smd"), "floor": floor})
+            for (pruning, smd), floor in zip(readings.estimates().items(), floors, strict=True):
+                rows.append({"pruning": pruning, "question": question, **smd.row("smd"), "floor": floor})
         return pd.DataFrame(rows)
 
     def health(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -372,9 +354,10 @@ class Numbers(Measure):
         by = ["pruning", "question"]
         moments = table.groupby([*by, "group"], sort=False)["value"].agg(["mean", "var"]).unstack()
         (a, a2), (b, b2) = ((moments["mean", g], moments["var", g]) for g in self.groups)
-        shares = table.groupby(by, sort=False)[["covered", "unparsable", "inliers"]].mean()
-        distinct = table.groupby(by, sort=False)["value"].nunique()
-        return shares.assign(distinct=distinct, sampled_smd=(a - b) / np.sqrt((a2 + b2) / 2)).reset_index()
+        smd = (a - b) / np.sqrt((a2 + b2) / 2)
+        share = {name: (name, "mean") for name in ("covered", "unparsable", "inliers")}
+        rows = table.groupby(by, sort=False).agg(**share, distinct=("value", "nunique"))
+        return rows.assign(sampled_smd=smd).reset_index()
 
 
 def numbers(
