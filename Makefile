@@ -38,7 +38,7 @@ endif
 
 quick: $(VENV)/run.stamp
 	$(PY) -m snakemake --cores 1 --quiet all --config 'notebooks=[01_fasp_heads]' out=runs/quick
-	@echo "Bias and perplexity of every pruning method: runs/quick/defaults/01_fasp_heads/figures/change_against_alpha.png"
+	@echo "Change of bias under every pruning method: runs/quick/defaults/01_fasp_heads/figures/change_against_alpha.png"
 	@echo "The whole notebook: runs/quick/defaults/01_fasp_heads.ipynb"
 
 test: $(VENV)/dev.stamp

@@ -45,11 +45,7 @@ def plan(config: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """(label, notebook) → parameters of every run that is asked for. The Snakefile explains the configuration.
 
     A parameter goes to the notebooks that declare it. The label is made of the parameter file and the grid's values.
-
-    Raises
-    ------
-    ValueError
-        A notebook, parameter file or parameter that there isn't, or a value of another type.
+    ValueError: a notebook, parameter file or parameter that there isn't, or a value of another type.
     """
     known = {path.stem: run.parameters_of(path) for path in sorted(run.notebooks_dir().glob("[0-9]*.ipynb"))}
     keys = {"params": [], "notebooks": list(known), "grid": {}, "set": {}, "out": "reports", "threads": 1}

@@ -18,17 +18,19 @@
 # %% [markdown]
 # # Overview: what three papers claim, and what our runs say
 #
-# **Papers.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv 2312.15398); Ma et al.,
-# *Breaking Down Bias: On The Limits of Generalizable Pruning Strategies*, FAccT 2025 (arXiv 2502.07771); Baksi et al.,
-# *Downstream bias mitigation is all you need*, 2024 (arXiv 2408.00612). This companion's own claims, about speed,
-# reliability and known truths, stand under "biasprune".
+# **Papers.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv
+# 2312.15398); Ma et al., *Breaking Down Bias: On The Limits of Generalizable Pruning Strategies*, FAccT
+# 2025 (arXiv 2502.07771); Baksi et al., *Downstream bias mitigation is all you need*, 2024 (arXiv
+# 2408.00612). This companion's own claims, about speed, reliability and known truths, stand under
+# "biasprune".
 #
-# **Method.** Every notebook writes a table of verdicts on the claims of `data/claims.csv`. They are put together here.
-# Nothing is computed anew, and no result is typed.
+# **Method.** Every notebook writes a table of verdicts on the claims of `data/claims.csv`. They are put
+# together here. Nothing is computed anew, and no result is typed.
 #
 # **Cost.** Seconds, no model.
 #
-# > **Content warning.** The claims are about bias against social groups. No text written by a model is shown here.
+# > **Content warning.** The claims are about bias against social groups. No text written by a model is shown
+# > here.
 
 # %% tags=["parameters"]
 reports: str = ""  # folder of run records; "" takes the repository's reports
@@ -55,8 +57,9 @@ run.inputs(model={"name": f"{n_runs} runs"}, claims=table)
 
 # %% [markdown]
 # ## 1 Verdicts by paper
-# A verdict on a claim by one run, and by one case within it, counts once. *No bias to test*: the unpruned model shows
-# none. *Too uncertain*: the interval holds both answers. *Not run here*: no run has a verdict on the claim.
+# A verdict on a claim by one run, and by one case within it, counts once. *No bias to test*: the unpruned
+# model shows none. *Too uncertain*: the interval holds both answers. *Not run here*: no run has a verdict
+# on the claim.
 
 # %%
 counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_value=0)
@@ -82,10 +85,10 @@ display(Markdown(sentence))
 
 # %% [markdown]
 # ## 2 Every claim
-# One row per claim, its runs below each other. *ours* is the quantity in column *ours is*, with its interval in
-# brackets. A claim that is *(implied)* is what a paper rests on without saying so. Small models that this project
-# trained count only for the companion's own claims. `claims.csv`, beside the runs, has the commit, the minutes and the
-# command of every run, too.
+# One row per claim, its runs below each other. *ours* is the quantity in column *ours is*, with its
+# interval in brackets. A claim that is *(implied)* is what a paper rests on without saying so. Small models
+# that this project trained count only for the companion's own claims. `claims.csv`, beside the runs, has
+# the commit, the minutes and the command of every run, too.
 
 
 # %%

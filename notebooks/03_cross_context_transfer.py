@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -264,15 +268,11 @@ def faded(name: str) -> dict:
 
 
 def said(row: pd.Series) -> dict:
-    works, lost = bool((row[["same_low", "more_low"]] > smallest_effect).all()), row["lost_low"]
-    rule = {"reproduced": lost > smallest_effect, "refuted": row["lost_high"] < smallest_effect}
+    works = bool((row[["same_low", "more_low"]] > smallest_effect).all())
+    rule = {"reproduced": row["lost_low"] > smallest_effect, "refuted": row["lost_high"] < smallest_effect}
     rule = {name: works and bool(is_so) for name, is_so in rule.items()}
-    why = "removed on the same question {same:.2f} ({same_low:.2f} – {same_high:.2f}), {more:.2f} more than random"
-    why += (
-        ", lost on the way {lost:.2f}, with one pruning {lost_between:.2f}"
-        if lost == lost
-        else ", one context"
-    )
+    why = "removed on the same question {same:.2f} ({same_low:.2f} – {same_high:.2f}), {more:.2f} more than "
+    why += "random, lost on the way {lost:.2f}, with one pruning {lost_between:.2f}"
     why = why.format(**row) + ("" if works else "; no fix to transfer")
     return {"case": row["method"], "verdict": verdict(**rule, biased=len(clear) > 0), "why": why}
 

@@ -229,7 +229,7 @@ def test_a_finished_run_starts_from_nothing_and_a_stopped_one_goes_on(monkeypatc
 def test_paths_of_the_machine_are_taken_out():
     source = 'reports = "/some/out"\nout = "/some/out/all/00_overview"\nx = "/some/out-2"'
     node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={"papermill": {"a": 1}})
-    node.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="/home/me: warning")]
+    node.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="warning")]
     nbformat.write(node, "x.ipynb")
     workflow._without_traces(Path("x.ipynb"), Path("/some/out/all/00_overview"))
     read = nbformat.read("x.ipynb", as_version=4)

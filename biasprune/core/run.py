@@ -90,15 +90,9 @@ def finished(out: str | Path) -> dict[Path, dict]:
 def start(notebook: str, cell: Mapping[str, Any]) -> Run:
     """Begin a notebook's run before it loads anything: check its parameters, make and lock its folder.
 
-    ``cell`` is the notebook's ``globals()``. Its parameter ``out`` names the folder; "" makes one below runs/ in the
-    working directory.
-
-    Raises
-    ------
-    ValueError
-        A parameter that no notebook declares, or a value that isn't of the declared type.
-    RuntimeError
-        Another process writes into the folder.
+    ``cell`` is the notebook's ``globals()``; its ``out`` names the folder, "" makes one below runs/ in the working
+    directory. Raises ValueError for a parameter that no notebook declares or a value of another type, RuntimeError
+    where another process writes into the folder.
     """
     config, ignored = checked(notebook, cell)
     about = [config[name] for name in ("model", "classifier", "axis", "compare_by") if name in config]
@@ -140,14 +134,8 @@ class Run:
         write_text(self.folder / "run.json", json.dumps(self.record, indent=1) + "\n")
 
     def inputs(self, *, lm: LM | None = None, model: dict | None = None, **inputs: pd.DataFrame | str) -> pd.DataFrame:
-        """Note what goes into the run; a small table of it, to show.
-
-        Parameters
-        ----------
-        lm, model
-            The decoder, or facts about another model: name, revision, dtype, device, …
-        inputs
-            Tables and texts by name, of which digests are kept.
+        """Note what goes into the run: a decoder, or facts about another model (name, dtype, device, …), and tables and
+        texts by name, of which digests are kept. A small table of it, to show.
         """
         facts = provenance(lm)
         facts["model"] = facts.get("model") or {"name": "–", "dtype": "–", **(model or {})}
@@ -210,17 +198,10 @@ class Run:
         self._drawn.add(name)
 
     def finish(self, sentence: str, *, verdicts: pd.DataFrame | None = None, **results: Any) -> list[str]:
-        """Mark the run as done; the names of its files.
+        """Mark the run as done, with its result in a sentence; the names of its files.
 
-        Parameters
-        ----------
-        sentence
-            The result in a sentence.
-        verdicts
-            Table with ``VERDICT_COLUMNS``, stored as table ``verdicts``.
-        results
-            Results by name. about: what tells runs of a notebook apart, by default the axis. tables, figures: what a
-            report shows, name → caption; those that this run didn't make are left out.
+        ``verdicts`` has ``VERDICT_COLUMNS``. Among ``results``, about tells runs of a notebook apart (by default the
+        axis); tables and figures (name → caption) are shown in a report, if this run made them.
         """
         if verdicts is not None:
             data.need(verdicts, VERDICT_COLUMNS, "verdicts")
