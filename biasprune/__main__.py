@@ -1,7 +1,6 @@
 """python -m biasprune report --out reports: README.md, claims.csv and speed.csv from the run records below reports.
 
-The workflow calls it after the last run. For the repository's own reports/ it also writes the repository's README.md,
-between the marks.
+The workflow calls it after the last run.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import pandas as pd
 from biasprune.core import run
 from biasprune.papers import claims
 
-SHOWN = ("00_overview", "08_one_yardstick")  # whose sentence and first figure the repository's README has
-MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEAD = """# Reports
 
 Written by `python -m biasprune report`; don't edit. Every figure and number comes from the run records here.
@@ -59,8 +56,8 @@ def report(out: Path) -> None:
     counts = pd.crosstab(table["paper"], table["verdict"]).reindex(table["paper"].unique())
     counts = counts.reindex(columns=list(claims.VERDICTS), fill_value=0).reset_index()
     text = "Verdicts over claims, runs and cases; biasprune: our own claims. Figures and commands are in"
-    sections, rows, speed, short = [], [], [], [f"{text} [claims.csv](claims.csv).\n\n{markdown(counts)}"]
-    for folder, record in sorted(records.items(), key=lambda item: (item[1]["notebook"] != SHOWN[0], item[0])):
+    sections, rows, speed, short = [], [], [], f"{text} [claims.csv](claims.csv).\n\n{markdown(counts)}"
+    for folder, record in sorted(records.items(), key=lambda item: (item[1]["notebook"] != "00_overview", item[0])):
         results, where, label = record["results"], folder.relative_to(out).as_posix(), folder.parent.name
         rows.append(row(record, where))
         parts = [f"## {record['notebook']}: {record['provenance']['model']['name']}, {label}", results["sentence"]]
@@ -68,17 +65,11 @@ def report(out: Path) -> None:
         parts += [f"{caption}:\n\n{markdown(table)}" for caption, table in tables.items() if len(table)]
         figures = [f"![{caption}]({where}/figures/{name}.png)" for name, caption in results["figures"].items()]
         sections.append("\n\n".join([*parts, *figures]))
-        if record["notebook"] in SHOWN:
-            short += [f"**{record['notebook']}** ({label}). {results['sentence']}", *figures[:1]]
         if (folder / "speed.parquet").is_file():
             speed.append(pd.read_parquet(folder / "speed.parquet").assign(run=label))
     if speed:
         run.write_text(out / "speed.csv", pd.concat(speed).to_csv(index=False, float_format="%.4g"))
-    run.write_text(out / "README.md", "\n\n".join([HEAD, short[0], markdown(pd.DataFrame(rows)), *sections]) + "\n")
-    if out.resolve() == run.ROOT / "reports":
-        readme, block = run.ROOT / "README.md", "\n\n".join([MARKS[0], *short, MARKS[1]])
-        block, old = re.sub(r"\]\((?!http)", "](reports/", block), readme.read_text(encoding="utf-8")
-        run.write_text(readme, re.sub("{}.*{}".format(*MARKS), lambda _: block, old, flags=re.DOTALL))
+    run.write_text(out / "README.md", "\n\n".join([HEAD, short, markdown(pd.DataFrame(rows)), *sections]) + "\n")
 
 
 def main() -> None:

@@ -241,15 +241,12 @@ def test_paths_of_the_machine_are_taken_out():
 
 
 def test_the_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    marks = "a\n<!-- results -->\nold\n<!-- end of results -->\nz"
-    run.write_text(tmp_path / "README.md", marks)
     out = tmp_path / "reports"
     run.write_text(out / "old" / "01_toy" / "run.json", '{"status": "done"}')
     command.report(out)
     said = capsys.readouterr().err
     assert "1 records of another version of biasprune are left out" in said and "no report is written" in said
-    assert (tmp_path / "README.md").read_text() == marks and not (out / "README.md").exists()
+    assert not (out / "README.md").exists()
     table = pd.DataFrame({"x|y": [1234.5, 0.12345, np.nan]})
     for label, notebook, name in (("a", "01_toy", "sums"), ("z", "00_overview", "sums"), ("a", "07_speed", "speed")):
         made = run.Run(out / label / notebook, {"axis": "gender"}, notebook)
@@ -264,11 +261,6 @@ def test_the_report(tmp_path, monkeypatch, capsys):
     assert "| x\\|y |\n| --- |\n| 1,234 |\n| 0.123 |\n| – |" in text and "![A](a/01_toy/figures/f.png)" in text
     assert list(pd.read_csv(out / "speed.csv")["run"]) == ["a"] * 3
     assert set(pd.read_csv(out / "claims.csv")["verdict"]) == {claims.NOT_RUN}
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("a\n<!-- results -->\n") and readme.endswith("<!-- end of results -->\nz")
-    assert (
-        "**00_overview** (z). 00_overview says." in readme and "](reports/claims.csv)" in readme and "old" not in readme
-    )
 
 
 def test_the_readme_says_what_the_reports_say():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from os.path import commonprefix
 
 import numpy as np
@@ -114,6 +115,7 @@ def pronouns(context: str, side: str = "") -> Choices:
     return choices(f"pronouns, {context}", table, share_slope)
 
 
+@lru_cache(maxsize=8)  # asked for every batch
 def _tone_tokens(lm: LM, words: str) -> tuple[Tensor, Tensor]:
     """Token ids of the unkind words, and of the kind ones, that are one token after a space."""
     table = read_csv(words)

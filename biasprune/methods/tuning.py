@@ -13,7 +13,7 @@ from scipy import stats
 
 from biasprune.core.data import bar, read_csv
 from biasprune.core.model import LM, encode
-from biasprune.core.stats import Estimate, mean
+from biasprune.core.stats import Estimate, mean, redrawn_mean
 from biasprune.core.weights import examples
 
 
@@ -68,8 +68,6 @@ def mean_of_seeds(estimates: Sequence[Estimate], seed: int = 0) -> Estimate:
     k seeds drawn again vary less than new ones would, by √((k − 1) / k) and Student's t, by which their deviations are
     stretched. With the same ``seed``, means of different measures are paired.
     """
-    k, draws = len(estimates), np.stack([e.draws for e in estimates], 1)  # (n_boot, k)
+    k, whole, again = len(estimates), mean(estimates), redrawn_mean(estimates, seed)
     stretch = np.sqrt(k / (k - 1)) * stats.t.ppf(0.975, k - 1) / 1.96 if k > 1 else 0.0
-    again = np.random.default_rng([seed, k]).multinomial(k, np.full(k, 1 / k), size=len(draws)) / k
-    weights = 1 / k + stretch * (again - 1 / k)
-    return Estimate(mean(estimates).point, (weights * draws).sum(1))
+    return Estimate(whole.point, whole.draws + stretch * (again.draws - whole.draws))
