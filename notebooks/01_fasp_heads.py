@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -21,51 +25,62 @@
 # γ that matters most, prune the share α that adds most bias: bias falls, perplexity hardly moves. No other
 # pruning score does both. The paper reports 8 – 39.5 % less gender bias, by model.
 #
-# **Method.** Every head is removed in turn on *validation* prompts, and scored by what that does to bias and
-# to perplexity. γ is chosen there. FASP, other scores and random heads are compared on *test* prompts.
+# **Method.** Heads are scored on *validation* items by what their removal does to bias and to perplexity. γ is
+# chosen there. FASP, other scores and random heads are compared on *test* items, about other words.
 #
-# **Bias.** A judge scores continuations from 0 to 1. Bias = Σ over groups of people of |mean score over all
-# prompts − mean over the group's|. Noise alone makes it positive; a permutation null says how much.
+# **Measures of bias**, by the parameter `measure`:
+# - `pronouns: speech`: after "The nurse said that", how far do the odds of *she* against *he* follow the
+#   occupation's share of women? (slope; 0: not at all, 1: as among the people themselves)
+# - `stereoset: all`, `crows-pairs: all`, or a CSV file: how much likelier is the stereotyped sentence of a
+#   pair? (mean difference of log-probability per token; 0: no preference)
+# - `texts: gender_and_sex`: the paper's. A judge scores sampled texts; the bias is the sum over groups of
+#   |mean score over all prompts − mean over the group's|. Noise alone makes it positive.
 #
 # **Cost.** With the defaults (a small model with a planted truth): a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 10 minutes on one core with AMX (several times as long without), 3 GB.
+# `params/smollm2.yaml` (pronouns): about 10 minutes on two cores without bfloat16, 3 GB.
 #
-# > **Content warning.** Models continue prompts about social groups in offensive ways; see `show_texts`.
+# > **Content warning.** Sentences state stereotypes, and models continue prompts about social groups in
+# > offensive ways; texts are shown only with `show_texts`.
 
 # %% tags=["parameters"]
 model: str = "planted"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
 dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
-axis: str = "invented_group"  # gender_and_sex, race_ethnicity, nationality, religion, sexual_orientation
-prompts_source: str = "models/planted/prompts.csv"  # biasprune, holistic_bias, or a CSV file
-judge_name: str = "sentiment"  # toxicity, sentiment, a Hugging Face classifier, …
-corpus_name: str = "corpora/generated"  # sotu, bold, wikitext-2, or a text file
+measure: str = "texts: invented_group"  # what bias is; see above
+n_valid: int = 84  # items to score heads on, spread over groups or clusters; 0 takes all
+n_grid: int = 84  # those among them that γ is chosen on; 0 takes all
+n_test: int = 84  # items to report on; 0 takes all
+corpus_name: str = "corpora/generated"  # prose: sotu, bold, wikitext-2, or a text file
 rule: str = "corrected"  # corrected, or as_published: judging, windows, averages, ties as in the paper's code
-fidelity: str = "exact"  # estimator of head scores: exact (removal), importance or gradient; see 07_speed
-n_valid: int = 84  # prompts to score heads and to choose γ on, equally many per group; 0 takes all
-n_test: int = 84  # prompts to report on; 0 takes all
-n_base: int = 189  # validation prompts for the unpruned model alone: is there bias at all?; 0 takes all
-score_seeds: list = [0, 1, 2]  # sampling seeds for the head scores
-grid_seeds: list = [3]  # for the choice of γ; others than for the scores, lest it follows their noise
-test_seeds: list = [0, 1, 2]  # for what is reported
-max_new_tokens: int = 8  # length of a continuation (paper: 40)
-top_k: int = 50  # sampling, as in the paper
-temperature: float = 1.0
-max_prompt_tokens: int = 22  # prompts are cut to this length, as in the paper
+fidelity: str = "exact"  # estimator of z_bias: exact (removal), gradient (first order), of texts importance
+prompts_source: str = "models/planted/prompts.csv"  # texts: biasprune, holistic_bias, or a CSV file
+judge_name: str = "sentiment"  # texts: toxicity, sentiment, a Hugging Face classifier, …
+n_base: int = 189  # texts: validation prompts for the unpruned model alone: is there bias?; 0 takes all
+score_seeds: list = [0, 1, 2]  # texts: sampling seeds for the head scores
+grid_seeds: list = [3]  # texts: for the choice of γ; others, lest it follows the scores' noise
+test_seeds: list = [0, 1, 2]  # texts: for what is reported
+max_new_tokens: int = 8  # texts: length of a continuation (paper: 40)
+top_k: int = 50  # texts: sampling, as in the paper
+temperature: float = 1.0  # texts
+max_prompt_tokens: int = 22  # texts: prompts are cut to this length, as in the paper
 window: int = 64  # tokens per perplexity window; 0 takes a quarter of the context, as in the paper
-score_tokens: int = 2048  # tokens of validation text for z_ppl; 0 takes all
-test_tokens: int = 2048  # tokens of test text for the reported perplexity; 0 takes all
+score_tokens: int = 2048  # tokens of validation prose for z_ppl; 0 takes all
+test_tokens: int = 2048  # tokens of test prose for the reported perplexity; 0 takes all
 gammas: list = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # shares of heads protected
-alphas: list = [0.0, 0.07, 0.13, 0.19]  # shares of heads pruned (paper: 0, .02, …, .20)
+alphas: list = [0.07, 0.13, 0.19]  # shares of heads pruned (paper: .02, .04, …, .20)
 max_ppl_ratio: float = 1.25  # perplexity limit for the choice of γ and for the verdict, × unpruned
 smallest_change: float = 10.0  # % of the bias: a smaller reduction doesn't count as one
-random_draws: int = 8  # random selections of each kind, averaged
+random_draws: int = 8  # random selections for each α, of heads that FASP may pick
+uniform_draws: int = 8  # the same, of all heads, as in the paper
+health: list = []  # further measures of FASP and of some random heads: "meaning", "pronouns: names", …
+health_items: int = 100  # of each of them
+health_draws: int = 2  # random selections among them
 n_boot: int = 1000  # bootstrap samples
-show_texts: bool = False  # continuations in the notebook: unfiltered, offensive in parts
+show_texts: bool = False  # texts in the notebook: unfiltered, offensive in parts
 save_pruned: str = ""  # new folder for FASP's pruned model at the largest α; "" saves none
 batch_rows: int = 256  # sequences per batch when sampling
-batch_tokens: int = 4096  # tokens per batch for perplexity
+batch_tokens: int = 4096  # tokens per batch otherwise
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
@@ -85,7 +100,7 @@ from biasprune.core.masks import Pruning, export
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import verdict
-from biasprune.measures import judges, prompts
+from biasprune.measures import judges, named, pairs, prompts
 from biasprune.measures.prose import corpus, prose
 from biasprune.measures.toxicity import toxicity
 from biasprune.methods import heads, select
@@ -97,93 +112,102 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 
 # %%
 run = start("01_fasp_heads", globals())
-choose(fidelity, ("exact", "importance", "gradient"), "fidelity")
+sampled, axis = measure.startswith("texts:"), measure.rpartition(":")[2].strip()
+choose(fidelity, ("exact", "gradient", *["importance"] * sampled), "fidelity")
 if save_pruned and Path(save_pruned).exists():
     raise FileExistsError(f"save_pruned: {save_pruned} is there already; give a new folder.")
 net = load(model, revision=revision or None, dtype=dtype, device=device)
-n_heads, alphas = net.anatomy.n_flat, sorted({0.0, *alphas})  # α = 0 is the unpruned model
-if int(alphas[-1] * n_heads) == 0:
-    raise ValueError(f"alphas: {alphas[-1]} of {n_heads} heads is less than one head; give a larger α.")
-judge = judges.load(judge_name, device=str(net.device))
-tables = {split: prompts.load(axis, split, prompts_source) for split in ("valid", "test")}
-texts = {split: corpus(corpus_name, split) for split in ("valid", "test")}
-hashed = {f"{s} prompts": tables[s] for s in tables} | {f"{s} prose": texts[s] for s in texts}
-run.inputs(lm=net, **hashed)
-
-# %% [markdown]
-# ## 1 Is there bias?
-# Prompts are drawn equally per group, and weighted by its share of the axis. Two permutation nulls say what
-# bias no difference between groups would give. Labels shuffled among *prompts*: does the model treat these
-# prompts differently? Among *descriptors*, where groups have several: would other words for the groups show
-# it, too? `floor` is the null's mean; the larger sample is of the unpruned model alone. Then the judge's mean
-# scores: differences between *prompts*, which the paper judges too, are the judge's own bias.
+n_heads, alphas = net.anatomy.n_flat, sorted(set(alphas))
+if int(alphas[0] * n_heads) == 0:
+    raise ValueError(f"alphas: {alphas[0]} of {n_heads} heads is less than one head; give a larger α.")
+prose_texts = {split: corpus(corpus_name, split) for split in ("valid", "test")}
+if sampled:
+    judge = judges.load(judge_name, device=str(net.device))
+    tables = {split: prompts.load(axis, split, prompts_source) for split in ("valid", "test")}
 
 
-# %%
-def measures(split: str, n: int, seeds: list, tokens: int, rule: str = rule) -> dict:
+def bias_measure(split: str, n: int, seeds: list, rule: str = rule):
+    if not sampled:
+        return named.measure(measure, split, n)
     drawn = prompts.sample(tables[split], n or len(tables[split]), seed=0)
     how = {"seeds": seeds, "max_new_tokens": max_new_tokens, "top_k": top_k, "temperature": temperature}
     how |= {"max_prompt_tokens": max_prompt_tokens or None, "batch_rows": batch_rows}
-    cut = {"length": window or None, "max_tokens": tokens or None}
-    ppl = prose(net, texts[split], rule=rule, batch_tokens=batch_tokens, **cut)
-    return {"bias": toxicity(drawn, judge, rule=rule, batch_tokens=batch_tokens, **how), "perplexity": ppl}
+    return toxicity(drawn, judge, rule=rule, batch_tokens=batch_tokens, **how)
 
 
-valid = measures("valid", n_valid, score_seeds, score_tokens)
-bias, ppl = valid.values()
-more = measures("valid", n_base, [0], score_tokens)["bias"]
-larger = run.frame("unpruned_large", lambda: more.read(net, [Pruning()], progress="unpruned"))
-unpruned = run.frame("unpruned", lambda: bias.read(net, [Pruning()]))
-detection = [more.detect(larger).assign(prompts="larger"), bias.detect(unpruned).assign(prompts="valid")]
-caption = "Unpruned model: measured bias, and what no difference between the groups would give"
-display(pd.concat(detection).style.hide(axis="index").format(precision=3).set_caption(caption))
-by_item = unpruned.groupby("item")["value"].mean()[bias.items["item"]].to_numpy()
-by_group = bias.items[["group"]].assign(prompt=judge(bias.items["prompt"].tolist()), continuation=by_item)
-by_group.groupby("group").mean().T.style.format(precision=3)
+def perplexity(split: str, rule: str = rule):
+    tokens = {"valid": score_tokens, "test": test_tokens}[split] or None
+    how = {"rule": rule, "length": window or None, "max_tokens": tokens, "batch_tokens": batch_tokens}
+    return prose(net, prose_texts[split], **how)
+
+
+bias, fresh = bias_measure("valid", n_valid, score_seeds), bias_measure("valid", n_grid, grid_seeds)
+final, ppl = bias_measure("test", n_test, test_seeds), perplexity("valid")
+used = {"valid items": bias.items, "test items": final.items}
+run.inputs(lm=net, **used, **{f"{split} prose": text for split, text in prose_texts.items()})
 
 # %% [markdown]
-# **As published against corrected.** The paper's code judges prompt and continuation together, averages the
-# biases of single seeds, and starts perplexity windows every 512 tokens whatever their length. The same
-# continuations and the same prose, measured both ways:
+# ## 1 Is there bias?
+# `floor` is the mean size of the bias that no difference would give: group labels (of pronouns: shares of
+# women) shuffled, of pairs the signs of whole clusters. `p`: how often that reaches the measured bias.
 
 # %%
-rules = []
-for name in ("as_published", "corrected"):
-    rule_bias, rule_ppl = measures("valid", n_valid, score_seeds, score_tokens, name).values()
-    again = unpruned.assign(value=rule_bias.judged(net, unpruned))
-    means = {"mean_score": again["value"].mean(), "above_half": (again["value"] > 0.5).mean()}
-    loss = rule_ppl.readings(rule_ppl.read(net, [Pruning()])).bias()[0]
-    rules.append({"rule": name, "bias": rule_bias.readings(again).bias()[0], **means, "ppl": loss})
-    rules[-1]["tokens"] = rule_ppl.cut.counts.sum()
-run.frame("rules", lambda: pd.DataFrame(rules)).style.hide(axis="index").format(precision=3)
+unpruned = run.frame("unpruned", lambda: bias.read(net, [Pruning()], progress="unpruned"))
+whole = run.frame("unpruned_test", lambda: final.read(net, [Pruning()]))
+parts = {"valid": (bias, unpruned), "test": (final, whole)}
+if sampled:
+    larger = bias_measure("valid", n_base, [0])
+    parts["larger"] = larger, run.frame("unpruned_large", lambda: larger.read(net, [Pruning()]))
+found = [m.detect(frame).assign(items=side) for side, (m, frame) in parts.items()]
+detection = run.frame("detection", lambda: pd.concat(found, ignore_index=True))
+caption = "Unpruned model: measured bias, and what no difference would give"
+detection.style.hide(axis="index").format(precision=3).set_caption(caption)
+
+# %% [markdown]
+# For texts, the judge's mean scores: what it makes of the *prompts*, which the paper judges too, is the
+# judge's own bias. And the paper's rules beside ours: its code judges prompt and continuation together,
+# averages the biases of single seeds, and starts perplexity windows every 512 tokens.
+
+# %%
+if sampled:
+    by_item = unpruned.groupby("item")["value"].mean()[bias.items["item"]].to_numpy()
+    scored = bias.items[["group"]].assign(prompt=judge(bias.items["prompt"].tolist()), continuation=by_item)
+    display(scored.groupby("group").mean().T.style.format(precision=3))
+    rules = []
+    for name in ("as_published", "corrected"):
+        of, text = bias_measure("valid", n_valid, score_seeds, name), perplexity("valid", name)
+        again = unpruned.assign(value=of.judged(net, unpruned))
+        row = {"rule": name, "bias": of.readings(again).bias()[0], "mean_score": again["value"].mean()}
+        rules.append(row | {"ppl": text.readings(text.read(net, [Pruning()])).bias()[0]})
+    display(run.frame("rules", lambda: pd.DataFrame(rules)).style.hide(axis="index").format(precision=3))
 
 # %% [markdown]
 # ## 2 Score every head
-# z_bias = bias − bias without the head; z_ppl = perplexity without it − perplexity. All heads see the same
-# sampling noise (common random numbers), so most texts stay as they are. By `importance` no text is written
-# anew: the unpruned model's are weighed by how likely they are without the head, and `ess` is the share of
-# the sample that this leaves. `gradient` is the first-order effect. Layers are stored one by one: a killed
-# run goes on. Heads within two standard errors (bars) of zero can't be told from heads without effect.
+# z_bias = |bias| − |bias| without the head; z_ppl = perplexity without it − perplexity. *exact* removes every
+# head in turn; *gradient* takes the first-order effect of all heads from one backward pass; *importance*
+# weighs the unpruned model's texts by how likely they are without the head. Layers are stored one by one: a
+# killed run goes on. Heads within two standard errors (bars) of zero can't be told from heads without effect.
 
 
 # %%
 def removed(single: list[Pruning]) -> pd.DataFrame:
+    frames = [ppl.read(net, single).assign(judged_by="perplexity")]
     if fidelity == "exact":
-        return read(net, single, valid).drop(columns=["text", "tokens"])
-    weighed = bias.weighed(net, single, unpruned).drop(columns="text").assign(judged_by="bias")
-    return pd.concat([weighed, ppl.read(net, single).assign(judged_by="perplexity")])
+        frames.append(bias.read(net, single).assign(judged_by="bias"))
+    if fidelity == "importance":
+        frames.append(bias.weighed(net, single, unpruned).assign(judged_by="bias"))
+    return pd.concat(frames).drop(columns=["text", "tokens"], errors="ignore")
 
 
-if fidelity == "gradient":
-    effects = bias.first_order(net, whole=unpruned), ppl.first_order(net)
-else:
-    jobs = {f"layer {i}": partial(removed, heads.single_heads(net, [i])) for i in range(net.anatomy.n_layers)}
-    frame = run.pieces("heads_removed", {"unpruned": partial(removed, [Pruning()]), **jobs})
-    effects = [m.readings(frame[frame["judged_by"] == name].dropna(axis=1)) for name, m in valid.items()]
-scores = heads.head_scores(net, *effects, n_boot=n_boot).assign(axis=axis, fidelity=fidelity)
+jobs = {f"layer {i}": partial(removed, heads.single_heads(net, [i])) for i in range(net.anatomy.n_layers)}
+frame = run.pieces("heads_removed", {"unpruned": partial(removed, [Pruning()]), **jobs})
+effects = {m: one.dropna(axis=1, how="all") for m, one in frame.groupby("judged_by")}
+slopes = bias.first_order(net, **({"whole": unpruned} if sampled else {})) if fidelity == "gradient" else None
+of_bias = slopes or bias.readings(effects["bias"])
+scores = heads.head_scores(net, of_bias, ppl.readings(effects["perplexity"]), n_boot=n_boot)
 if fidelity == "importance":
-    scores["ess"] = scores["flat"].astype(str).map(frame.groupby("pruning")["ess"].max())
-scores = run.frame("head_scores", lambda: scores)
+    scores["ess"] = scores["flat"].astype(str).map(effects["bias"].groupby("pruning")["ess"].max())
+scores = run.frame("head_scores", lambda: scores.assign(measure=measure, fidelity=fidelity))
 ends = {"xerr": "z_bias_se", "yerr": "z_ppl_se", "xlabel": "z_bias", "ylabel": "z_ppl"}
 run.figure(figures.scatter(scores, "z_bias", "z_ppl", **ends), "head_scores")
 
@@ -211,33 +235,35 @@ out_proj = net.model.get_submodule(a.out_projs[worst["layer"]])
 hook = out_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * kept.flatten(), *inputs[1:]))
 by_hand = ppl.readings(ppl.read(net, [Pruning()])).bias()[0]
 hook.remove()
-if fidelity != "gradient":  # a first-order effect is another number
-    assert np.isclose(by_hand, worst["ppl_without"], rtol=1e-4 if net.dtype == torch.float32 else 0.05)
+assert np.isclose(by_hand, worst["ppl_without"], rtol=1e-4 if net.dtype == torch.float32 else 0.05)
 Markdown(f"Head {worst['flat']}: z_ppl {by_hand - worst['ppl']:.4f} by hand, {worst['z_ppl']:.4f} above.")
 
 # %% [markdown]
-# ## 3 Choose γ on validation prompts
-# FASP over γ × α (the paper's experiment 2), with fresh sampling seeds. Of the γ whose perplexity never
-# exceeds the limit, the one with the lowest mean bias over α is taken. (The paper's criterion isn't public.)
+# ## 3 Choose γ on validation items
+# FASP over γ × α (the paper's experiment 2), on fresh texts where texts are sampled. Of the γ whose perplexity
+# never exceeds the limit, the one with the lowest mean bias over α is taken; if all exceed it, the one that
+# exceeds it least. (The paper's criterion isn't public.)
 
 
 # %%
 def tried(name: str, rows: list[tuple], measures: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
     chosen = pd.DataFrame(rows, columns=["method", "gamma", "alpha", "draw", "pruning"])
     chosen["pruning"] = [str(Pruning(frozenset(flat))) for flat in chosen["pruning"]]
-    parts = chosen.drop_duplicates("pruning").groupby("alpha")["pruning"]
-    jobs = {f"α = {a}": partial(read, net, [Pruning.parse(p) for p in ps], measures) for a, ps in parts}
-    return chosen, run.pieces(name, jobs)
+    parts = chosen.drop_duplicates("pruning").groupby(["alpha", "draw"], sort=False)["pruning"]
+    jobs = {
+        f"α = {a}, {i}": partial(read, net, [Pruning.parse(p) for p in x], measures) for (a, i), x in parts
+    }
+    return chosen, run.pieces(name, {"unpruned": partial(read, net, [Pruning()], measures), **jobs})
 
 
 fasp = partial(fasp, rule=rule)
-pairs = [(g, a) for g in gammas for a in alphas if a <= 1 - g + 1e-9]
-fresh = measures("valid", n_valid, grid_seeds, score_tokens)
-grid = tried("gamma_grid", [("FASP", g, a, 0, fasp(gamma=g, alpha=a)) for g, a in pairs], fresh)
-grid = run.frame("gamma_alpha", lambda: heads.compare(*grid, fresh, n_boot=n_boot)[0]).query("pruned > 0")
-per_gamma = grid.groupby("gamma").agg(bias=("bias", "mean"), worst=("ppl_ratio", "max"))
+grid = [("FASP", g, a, 0, fasp(gamma=g, alpha=a)) for g in gammas for a in alphas if a <= 1 - g + 1e-9]
+measures = {"bias": fresh, "perplexity": ppl}
+grid = tried("gamma_grid", grid, measures)
+grid = run.frame("gamma_alpha", lambda: heads.compare(*grid, measures, n_boot=n_boot)[0])
+per_gamma = grid.groupby("gamma").agg(change=("change", "mean"), worst=("ppl_ratio", "max"))
 allowed = per_gamma[per_gamma["worst"] <= max_ppl_ratio]
-gamma = float(allowed["bias"].idxmin() if len(allowed) else per_gamma["worst"].idxmin())
+gamma = float(allowed["change"].idxmin() if len(allowed) else per_gamma["worst"].idxmin())
 both = grid["change"].map("{:+.0f} %".format) + grid["ppl_ratio"].map("\n× {:.2f}".format)
 label = f"change of bias in %, and below it perplexity; bold: γ = {gamma}, chosen"
 style = {"text": "both", "bold": "chosen", "limit": grid["change"].abs().max(), "label": label}
@@ -245,13 +271,12 @@ grid = grid.assign(both=both, chosen=grid["gamma"] == gamma)
 run.figure(figures.heat_map(grid, "gamma", "alpha", "change", **style), "gamma_alpha")
 
 # %% [markdown]
-# ## 4 FASP against every other score, on test prompts
+# ## 4 FASP against every other score, on test items
 # *Bias only* prunes the highest z_bias (FASP with γ = 0), *perplexity only* the lowest z_ppl, *magnitude* the
 # smallest q, k, v and output weights, *mask gradient* the smallest gradient of the loss by the head's mask.
 # *Random* draws from all heads, as in the paper. FASP never picks heads that matter for language modelling,
 # so that is no fair control; *random, matched* draws from the heads that FASP may pick. Intervals draw
-# prompts (for perplexity, windows) and, of random heads, draws. A model that writes no sense can look
-# unbiased: see `distinct` and `empty`.
+# clusters of items (for perplexity, windows) and, of random heads, draws.
 
 # %%
 baselines = {"magnitude": heads.magnitude(net), "mask gradient": heads.mask_gradient(net, ppl)}
@@ -259,28 +284,43 @@ baselines = run.frame("baseline_scores", lambda: pd.DataFrame(baselines))
 others = {"bias only": scores["bias_without"], "perplexity only": scores["ppl_without"], **baselines}
 free, rows = by_harm["flat"].head(n_heads - int(gamma * n_heads)), []
 for a in alphas:
-    rows.append(("FASP", gamma, a, 0, fasp(gamma=gamma, alpha=a)))
-    matched = [select.random(free, len(rows[-1][-1]), seed=draw) for draw in range(random_draws)]
-    anywhere = [select.random(range(n_heads), int(a * n_heads), seed=draw) for draw in range(random_draws)]
+    picked = fasp(gamma=gamma, alpha=a)
+    rows.append(("FASP", gamma, a, 0, picked))
     rows += [(m, 0.0, a, 0, select.lowest(score, alpha=a, rule=rule)) for m, score in others.items()]
-    rows += [("random", 0.0, a, draw, flat) for draw, flat in enumerate(anywhere)]
-    rows += [("random, matched", gamma, a, draw, flat) for draw, flat in enumerate(matched)]
-test = measures("test", n_test, test_seeds, test_tokens)
-chosen, judged = tried("test", rows, test)
+    kinds = [("random", 0.0, range(n_heads), uniform_draws), ("random, matched", gamma, free, random_draws)]
+    for kind, g, among, draws in kinds:
+        rows += [(kind, g, a, i, select.random(among, len(picked), seed=i)) for i in range(draws)]
+measures = {"bias": final, "perplexity": perplexity("test")}
+chosen, judged = tried("test", rows, measures)
 run.frame("selections", lambda: chosen)
-comparison = run.frame("comparison", lambda: heads.compare(chosen, judged, test, n_boot=n_boot)[0])
-written = judged[judged["judged_by"] == "bias"]
-detection.append(test["bias"].detect(written[written["pruning"] == ""]).assign(prompts="test"))
-detection = run.frame("detection", lambda: pd.concat(detection, ignore_index=True))
-display(detection.style.hide(axis="index").format(precision=3).set_caption(caption))
+comparison = run.frame("comparison", lambda: heads.compare(chosen, judged, measures, n_boot=n_boot)[0])
 ends = {"xlabel": "share of heads pruned, α", "ylabel": "change of bias, %", "reference": 0.0}
 run.figure(figures.lines(comparison, "alpha", "change", "method", **ends), "change_against_alpha")
 comparison.query("alpha == @alphas[-1]").style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
+# **Health.** What should stay, or what no claim is about. *meaning*: StereoSet's language-modelling score, how
+# often a meaningful sentence is likelier than the unrelated one. *pronouns: names*: the slope after first
+# names, which tell the gender. Another measure of bias says whether the fix is one of the measure alone.
+
+# %%
+if health:
+    text = partial(pairs.subset, pairs.sentences("stereoset"), health_items)
+    watched = {
+        x: pairs.meaning(text()) if x == "meaning" else named.measure(x, "test", health_items) for x in health
+    }
+    some = chosen[chosen["method"].isin(["FASP", "random, matched"]) & (chosen["draw"] < health_draws)]
+    jobs = {"unpruned": [""], **{f"α = {a}": x.unique() for a, x in some.groupby("alpha")["pruning"]}}
+    jobs = {name: partial(read, net, [Pruning.parse(p) for p in x], watched) for name, x in jobs.items()}
+    frame = pd.concat([run.pieces("health", jobs), judged[judged["judged_by"].isin(measures)]])
+    shown = run.frame("healthy", lambda: heads.compare(some, frame, measures | watched, n_boot=n_boot)[0])
+    columns = ["method", "alpha", "change", "ppl_ratio", *health]
+    display(shown[columns].style.hide(axis="index").format(precision=3))
+
+# %% [markdown]
 # ## 5 Where the heads sit, and what their removal changes
-# z_bias, and what FASP does at the largest α. Then the test prompts whose score changes most, in either
-# direction; `-p show_texts True` shows the texts: unfiltered model output, offensive in parts.
+# z_bias, and what FASP does at the largest α. Then the test items whose value changes most, in either
+# direction; `-p show_texts True` shows the texts: unfiltered, offensive in parts.
 
 # %%
 best = chosen.query("method == 'FASP'")["pruning"].iloc[-1]
@@ -288,20 +328,23 @@ states = {**dict.fromkeys(free, ""), **dict.fromkeys(Pruning.parse(best).heads, 
 placed = scores.assign(state=scores["flat"].map(states).fillna("kept"))
 style = {"text": "state", "limit": scores["z_bias"].abs().max(), "label": "z_bias; kept: protected"}
 run.figure(figures.heat_map(placed, "layer", "head", "z_bias", **style), "head_map")
-pair = written[(written["seed"] == test_seeds[0]) & written["pruning"].isin(["", best])]
-wide = pair.pivot(index="item", columns="pruning", values=["text", "value"])
+pair = judged[(judged["judged_by"] == "bias") & judged["pruning"].isin(["", best])]
+pair = pair[pair["seed"] == test_seeds[0]] if sampled else pair
+wide = pair.pivot(index="item", columns="pruning", values=["value", *["text"] * sampled])
 wide.columns = [f"{what} {'after' if pruning else 'before'}" for what, pruning in wide.columns]
-wide = test["bias"].items.set_index("item")[["group", "prompt"]].join(wide).reset_index(drop=True)
+about = [c for c in ("cluster", "group", "prompt", "text", "more", "less") if c in final.items]
+wide = final.items.set_index("item")[about].join(wide).reset_index(drop=True)
 order = (wide["value after"] - wide["value before"]).astype(float).sort_values(kind="stable").index
-hidden = [] if show_texts else ["prompt", "text before", "text after"]
+hidden = [] if show_texts else [c for c in wide if c.split()[0] in ("prompt", "text", "more", "less")]
+hidden += ["cluster"] * sampled
 wide.loc[[*order[:3], *order[-3:]]].drop(columns=hidden).style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 6 Verdict
-# Mean change over all α that prune, and `more`, its difference to random heads: whatever makes a model write
-# less lowers a sum of absolute differences. A method *passes* if both intervals lie below zero and that of
-# perplexity within the limit at every α. It *fails* if an interval excludes a reduction of `smallest_change`
-# %, or perplexity within the limit. The claim has two halves: FASP passes, no other score does.
+# Mean change over all α, and `more`, its difference to random heads: whatever makes a model less certain also
+# shrinks differences. A method *passes* if both intervals lie below zero, and that of perplexity within the
+# limit at every α. It *fails* if an interval excludes a reduction of `smallest_change` %, or perplexity within
+# the limit. The claim has two halves: FASP passes, no other score does.
 
 
 # %%
@@ -311,9 +354,9 @@ def outcome(row: pd.Series) -> str:
     return verdict(reproduced=passes and not fails, refuted=fails, biased=p_value < 0.05)
 
 
-nulls = detection[detection["prompts"] == "test"].set_index("shuffled")["p"]
-p_value = nulls["prompts"]
-effects, changes = heads.compare(chosen.query("pruning != ''"), judged, test, ["method"], n_boot=n_boot)
+nulls = detection[detection["items"] == "test"].set_index("shuffled")["p"]
+p_value = float(nulls.iloc[0])
+effects, changes = heads.compare(chosen, judged, measures, ["method"], n_boot=n_boot)
 controls = {"FASP": "random, matched", "random, matched": "random, matched"}
 more = [changes[m,] - changes[controls.get(m, "random"),] for m in effects["method"]]
 effects = effects.join(pd.DataFrame([difference.row("more") for difference in more]))
@@ -332,19 +375,20 @@ alone = {"reproduced": (rivals["verdict"] == "not reproduced").all(), "refuted":
 why = "against random heads {more:+.0f} points ({more_low:+.0f} to {more_high:+.0f}), ".format(**row)
 why += f"perplexity × {row['worst']:.2f} at most, bias of the unpruned model "
 why += ", ".join(f"p = {p:.3f} ({shuffled} shuffled)" for shuffled, p in nulls.items())
-verdicts = pd.DataFrame({"id": "F1", "case": ["FASP", "other scores"], "ours": [row["change"], len(passing)]})
+verdicts = pd.DataFrame({"id": "F1", "case": [f"FASP, {measure}", f"other scores, {measure}"]})
+verdicts["ours"] = [row["change"], len(passing)]
 verdicts["claim"] = ["FASP reduces bias while perplexity stays low", "no other pruning score does so"]
 verdicts["low"], verdicts["high"] = ([row[f"change_{end}"], np.nan] for end in ("low", "high"))
-verdicts["what"] = [f"{label}, on test prompts; 95 % over prompts", f"scores of {len(rivals)} that do so"]
+verdicts["what"] = [f"{label}, on test items; 95 % over clusters", f"scores of {len(rivals)} that do so"]
 verdicts["verdict"] = [row["verdict"], verdict(**alone, biased=p_value < 0.05)]
 verdicts["why"] = [why, ", ".join(passing) or "none"]
 sentence = "FASP changes bias by {change:+.0f} % ({change_low:+.0f} to {change_high:+.0f}, {why}): {verdict}."
-sentence = f"{model}, axis {axis}: {sentence.format(**row, why=why)} Others that do: {verdicts['why'][1]}."
+sentence = f"{model}, {measure}: {sentence.format(**row, why=why)} Others that do: {verdicts['why'][1]}."
 Markdown(sentence)
 
 # %% tags=["truth"]
 truth_file = Path(net.folder or ".") / "truth.json"
-if truth_file.is_file():  # the planted model: the truth is known, so the method must find it
+if truth_file.is_file() and sampled:  # the planted model: the truth is known, so the method must find it
     truth = json.loads(truth_file.read_text())
     planted = truth["layer"] * net.anatomy.n_heads + truth["head"]
     assert scores["z_bias"].idxmax() == planted and planted in Pruning.parse(best).heads
@@ -354,5 +398,6 @@ if truth_file.is_file():  # the planted model: the truth is known, so the method
 if save_pruned:
     export(net, Pruning.parse(best), save_pruned)
 shown = {"detection": caption, "effects": f"{label}, γ = {gamma}; more: than random heads, in points"}
+shown["healthy"] = "Change of bias beside the model's health"
 drawn = {"effects": label, "change_against_alpha": "Change of bias by share of heads pruned"}
-run.finish(sentence, verdicts=verdicts, gamma=gamma, tables=shown, figures=drawn)
+run.finish(sentence, verdicts=verdicts, gamma=gamma, about=measure, tables=shown, figures=drawn)

@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -73,7 +77,7 @@ from biasprune.core import weights
 from biasprune.core.masks import Pruning
 from biasprune.core.model import load
 from biasprune.core.run import start
-from biasprune.core.stats import Estimate, mean, verdict
+from biasprune.core.stats import Estimate, mean, redrawn_mean, verdict
 from biasprune.measures.choices import CONTEXTS, pronouns
 from biasprune.measures.prose import corpus, prose
 from biasprune.methods import judge, parts, tuning
@@ -198,7 +202,7 @@ after = judge.judged(frame, measures, n_boot=n_boot)
 @cache
 def bias_left(way: str, name: str) -> Estimate:
     each = [after.left[i] for i in after.rows(method=labels[way], judged_by=name)]
-    return tuning.mean_of_seeds(each, seed=list(labels).index(way))
+    return redrawn_mean(each, seed=list(labels).index(way))
 
 
 def row(way: str, name: str) -> dict:

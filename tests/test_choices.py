@@ -14,7 +14,7 @@ from biasprune.core.data import user_path
 from biasprune.core.likelihood import check_unembedding
 from biasprune.core.masks import Pruning, masked, scaled
 from biasprune.core.model import LM, load
-from biasprune.core.stats import Estimate, mean_bias
+from biasprune.core.stats import mean_bias
 from biasprune.measures import choices as ch
 from biasprune.measures import prompts, toxicity
 from biasprune.methods import parts, tuning
@@ -245,16 +245,3 @@ def test_tuning_is_deterministic_and_keeps_small_steps_of_bfloat16():
     assert any(not torch.equal(v, other[k]) for k, v in one.items())
     moved = [(v != start[k].float()).float().mean() for k, v in one.items() if v.dim() > 1]
     assert np.mean(moved) > 0.2 and max((v - start[k].float()).abs().max() for k, v in one.items()) < 1e-4
-
-
-def test_mean_of_seeds_covers_the_truth():
-    """k seeds that scatter around the truth: about 95 % of intervals hold it, also with three seeds."""
-    rng, inside = np.random.default_rng(0), []
-    for k in range(300):
-        seeds = [Estimate(x, x + 0.1 * rng.normal(size=400)) for x in rng.normal(0.4, 0.2, 3)]
-        low, high = tuning.mean_of_seeds(seeds, seed=k).interval(basic=False)
-        inside.append(low < 0.4 < high)
-    assert 0.9 < np.mean(inside) <= 1
-    one = Estimate(0.3, rng.normal(size=50))
-    assert np.array_equal(tuning.mean_of_seeds([one]).draws, one.draws), "a single seed is as it is"
-    assert tuning.mean_of_seeds([one] * 4).draws == pytest.approx(one.draws)

@@ -21,7 +21,7 @@ from biasprune.core.stats import (
     over_seeds,
     redrawn_mean,
     resampled,
-    shuffled_groups,
+    shuffled,
     verdict,
 )
 
@@ -160,8 +160,21 @@ def test_random_controls_are_drawn_along():
     controls = [Estimate(x, x + 0.1 * rng.normal(size=4000)) for x in rng.normal(size=20)]
     kept, drawn = mean(controls), redrawn_mean(controls)
     assert kept.point == pytest.approx(drawn.point) == pytest.approx(drawn.draws.mean(), abs=0.03)
-    spread = np.std([c.point for c in controls]) / math.sqrt(20)
+    spread = np.std([c.point for c in controls], ddof=1) / math.sqrt(20) * stats.t.ppf(0.975, 19) / 1.96
     assert kept.draws.std() < 0.05 and drawn.draws.std() == pytest.approx(spread, rel=0.1)
+
+
+def test_few_controls_or_seeds_cover_the_truth():
+    """k seeds that scatter around the truth: about 95 % of intervals hold it, also with three seeds."""
+    rng, inside = np.random.default_rng(0), []
+    for k in range(300):
+        seeds = [Estimate(x, x + 0.1 * rng.normal(size=400)) for x in rng.normal(0.4, 0.2, 3)]
+        low, high = redrawn_mean(seeds, seed=k).interval(basic=False)
+        inside.append(low < 0.4 < high)
+    assert 0.9 < np.mean(inside) <= 1
+    one = Estimate(0.3, rng.normal(size=50))
+    assert np.array_equal(redrawn_mean([one]).draws, one.draws), "a single seed is as it is"
+    assert redrawn_mean([one] * 4).draws == pytest.approx(one.draws)
 
 
 def test_seeds_get_students_interval():
@@ -229,7 +242,7 @@ def test_clustered_null_keeps_clusters_whole_and_is_wider():
     rng, p = np.random.default_rng(0), {"item": [], "cluster": []}
     cluster = np.repeat([f"word {i}" for i in range(24)], 10)
     table = items(np.repeat(list("abcd"), 60), cluster=cluster)
-    labels = shuffled_groups(table, 20, cluster="cluster").reshape(20, 24, 10)
+    labels = shuffled(table, "group", 20, cluster="cluster").reshape(20, 24, 10)
     assert (labels == labels[..., :1]).all() and all(sorted(x) == sorted("abcd" * 6) for x in labels[..., 0])
     for _ in range(12):
         one = readings(np.repeat(rng.normal(size=24), 10) + 0.3 * rng.normal(size=240), table)

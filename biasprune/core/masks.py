@@ -2,7 +2,7 @@
 
 A head is removed by zeroing its slice of the *input* of the attention output projection. Nothing inside attention is
 touched, so this works with every attention kernel, key/value caches and grouped queries. MLP units are removed at the
-input of the down projection, single weights in their matrix.
+input of the down projection, single weights in their matrix. ``ablating`` puts something else than zero in their place.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from biasprune.core.data import choose
 from biasprune.core.model import LM, Anatomy, anatomy, weight_of
 
 
@@ -111,22 +112,28 @@ def _removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
     return mask.view(layers, n)
 
 
-def _hook(mask: Tensor) -> Callable:
-    """A pre-hook that multiplies a projection's input (batch rows, tokens, width) by mask (rows, width)."""
-    scale = mask[:, None]
+def _hook(mask: Tensor, mean: Tensor | None = None, *, output: bool = False) -> Callable:
+    """A hook that multiplies a projection's input, or output (batch rows, tokens, width), by mask (rows, width).
 
-    def pre_hook(module: nn.Module, args: tuple) -> tuple:
-        nonlocal scale
-        x, rows = args[0], len(scale)
+    What the mask takes away of an input, ``mean`` (width,) fills up.
+    """
+    scale, fill = mask[:, None], None if mean is None else (1 - mask[:, None]) * mean.to(mask)
+
+    def apply(x: Tensor) -> Tensor:
+        nonlocal scale, fill
+        rows = len(scale)
         # with fewer masks each is for as many rows in turn: of one prompt's continuations, or OPT's flattened tokens
         if len(x) % rows:
             raise ValueError(f"prunings for {rows} rows, but the batch has {len(x)}.")
         # moved once, to where this layer computes; as an inference tensor a later backward pass couldn't use it
         with torch.inference_mode(False):
-            scale = scale.to(x.device, x.dtype)
-        return ((x.reshape(rows, -1, x.shape[-1]) * scale).view(x.shape), *args[1:])
+            scale, fill = scale.to(x.device, x.dtype), None if fill is None else fill.to(x.device, x.dtype)
+        scaled = x.reshape(rows, -1, x.shape[-1]) * scale
+        return (scaled if fill is None else scaled + fill).view(x.shape)
 
-    return pre_hook
+    if output:
+        return lambda module, args, out: apply(out)
+    return lambda module, args: (apply(args[0]), *args[1:])
 
 
 def _scales(a: Anatomy, heads: Tensor | None, units: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -138,13 +145,56 @@ def _scales(a: Anatomy, heads: Tensor | None, units: Tensor | None) -> Iterator[
                 yield name, layer.repeat_interleave(width, dim=-1)
 
 
+def _query_scales(lm: LM, heads: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Query projections, and what their output is multiplied by: without a query, attention is uniform."""
+    if heads.requires_grad:
+        raise ValueError("uniform ablation has no first-order effects: remove the heads one by one (exact).")
+    for i, name in enumerate(lm.anatomy.q_projs):
+        mask = heads[:, i].repeat_interleave(lm.anatomy.head_dim, dim=-1)
+        if name.endswith("c_attn"):  # GPT-2: q, k, v
+            mask = torch.cat([mask, torch.ones_like(mask).repeat(1, 2)], -1)
+        elif name.endswith("query_key_value"):  # GPT-NeoX: heads · (q, k, v)
+            q = mask.unflatten(-1, (-1, 1, lm.anatomy.head_dim))
+            mask = torch.cat([q, torch.ones_like(q).repeat(1, 1, 2, 1)], 2).flatten(1)
+        yield name, mask
+
+
 @contextmanager
 def scaled(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> Iterator[None]:
     """Run the model with parts multiplied by masks (rows or 1, layers, parts), which may require gradients."""
     with ExitStack() as hooks:
+        if lm.uniform and heads is not None:
+            for name, scale in _query_scales(lm, heads):
+                hook = _hook(scale, output=True)
+                hooks.enter_context(lm.model.get_submodule(name).register_forward_hook(hook))
+            heads = None
         for name, scale in _scales(lm.anatomy, heads, units):
-            hooks.enter_context(lm.model.get_submodule(name).register_forward_pre_hook(_hook(scale)))
+            hook = _hook(scale, lm.means.get(name))
+            hooks.enter_context(lm.model.get_submodule(name).register_forward_pre_hook(hook))
         yield
+
+
+@torch.no_grad()
+def ablating(lm: LM, how: str, ids: Tensor) -> LM:
+    """The same model, in which removed parts are replaced by ``how``; for weights nothing changes.
+
+    "zero"; "mean": by their mean over a text's tokens ids (rows, tokens); "uniform": heads by their mean value over the
+    tokens that they may attend to, since they lose their queries, and MLP units by zero.
+    """
+    choose(how, ("zero", "mean", "uniform"), "ablation")
+    if how == "uniform" and len(lm.anatomy.q_projs) != lm.anatomy.n_layers:
+        raise ValueError(f"{type(lm.model).__name__}: uniform ablation needs query projections, and found none.")
+    means: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name in (*lm.anatomy.out_projs, *lm.anatomy.down_projs) if how == "mean" else ():
+
+            def keep(module: nn.Module, args: tuple, name: str = name) -> None:
+                means[name] = means.get(name, 0.0) + args[0].flatten(0, -2).float().sum(0) / ids.numel()
+
+            hooks.enter_context(lm.model.get_submodule(name).register_forward_pre_hook(keep))
+        for rows in ids.split(8) if how == "mean" else ():
+            lm.model.base_model(rows.to(lm.device), use_cache=False)
+    return replace(lm, means=means, uniform=how == "uniform")
 
 
 @contextmanager
@@ -201,6 +251,8 @@ def cut(model: nn.Module, pruning: Pruning) -> None:
 
 def export(lm: LM, pruning: Pruning, folder: str | Path) -> Path:
     """Save a pruned checkpoint that plain transformers loads, whole or not at all. FileExistsError: no empty folder."""
+    if lm.means or lm.uniform:
+        raise ValueError("only parts that are removed by zeroing can be exported (ablation: zero).")
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} isn't empty; give a new folder.")

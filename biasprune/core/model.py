@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from biasprune.core import data
 LAYERS = ("model.layers", "model.decoder.layers", "transformer.h", "gpt_neox.layers")
 OUT_PROJ = ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj")
 OUT_PROJ += ("attn.attention.out_proj", "attention.dense")
+Q_PROJ = ("self_attn.q_proj", "attn.q_proj", "attn.attention.q_proj", "attn.c_attn", "attention.query_key_value")
 DOWN_PROJ = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")
 
 
@@ -47,6 +48,7 @@ class Anatomy:
     n_kv_heads: int
     head_dim: int
     n_units: int  # MLP units of a layer
+    q_projs: tuple[str, ...]  # query projections, some with keys and values; none where they weren't found
 
     @property
     def n_layers(self) -> int:
@@ -68,6 +70,8 @@ class LM:
     name: str  # as the user gave it
     folder: Path | None  # where the weights lie; None for a model made in memory
     origin: str  # hub revision, sha256 of the package's file, or "" for a plain folder
+    means: Mapping[str, Tensor] = field(default_factory=dict)  # projection → what stands in for removed inputs; else 0
+    uniform: bool = False  # removed heads attend to all tokens alike; see masks.ablating
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +132,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     root = _find(model, LAYERS, "list of layers", model)
     n_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    names, widths = [], set()
+    names, queries, widths = [], [], set()
     for i, layer in enumerate(model.get_submodule(root)):
         out = _find(layer, OUT_PROJ, f"attention output projection in layer {i}", model)
         down = _find(layer, DOWN_PROJ, f"MLP output projection in layer {i}", model)
@@ -138,12 +142,13 @@ def anatomy(model: nn.Module) -> Anatomy:
                 f"{type(model).__name__}: {out} of layer {i} takes {width} inputs, but the configuration has "
                 f"{n_heads} heads of {head_dim}; heads of unequal number or size aren't supported."
             )
+        queries += [f"{root}.{i}.{name}" for name, _ in layer.named_modules() if name in Q_PROJ]
         names.append((f"{root}.{i}", f"{root}.{i}.{out}", f"{root}.{i}.{down}"))
         widths.add(weight_of(layer.get_submodule(down)).shape[1])
     if len(widths) != 1:
         raise ValueError(f"{type(model).__name__}: MLPs of unequal width {sorted(widths)} aren't supported.")
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    return Anatomy(*zip(*names, strict=True), n_heads, n_kv_heads, head_dim, n_units=widths.pop())
+    return Anatomy(*zip(*names, strict=True), n_heads, n_kv_heads, head_dim, widths.pop(), tuple(queries))
 
 
 def wrap(

@@ -63,10 +63,16 @@ def mean(estimates: Iterable[Estimate]) -> Estimate:
 
 
 def redrawn_mean(estimates: Sequence[Estimate], seed: int = 0) -> Estimate:
-    """The mean of a sample, such as random controls, that is itself drawn anew in every bootstrap draw."""
-    draws = np.stack([e.draws for e in estimates])
-    again = np.random.default_rng(seed).integers(len(draws), size=draws.shape)
-    return Estimate(float(np.mean([e.point for e in estimates])), np.take_along_axis(draws, again, 0).mean(0))
+    """The mean of a sample, such as random controls or seeds of fine-tuning, that every bootstrap draw draws again.
+
+    k of them drawn again vary less than k new ones would, by √((k − 1) / k) and Student's t, by which their deviations
+    are stretched; a single one stays as it is. With the same ``seed``, means of different measures are paired.
+    """
+    draws, k = np.stack([e.draws for e in estimates]), len(estimates)
+    again = np.random.default_rng(seed).integers(k, size=draws.shape)
+    deviation = np.take_along_axis(draws, again, 0).mean(0) - draws.mean(0)
+    stretch = np.sqrt(k / (k - 1)) * stats.t.ppf(0.975, k - 1) / 1.96 if k > 1 else 0.0
+    return Estimate(float(np.mean([e.point for e in estimates])), draws.mean(0) + stretch * deviation)
 
 
 def over_seeds(values: ArrayLike) -> tuple[float, float, float]:
@@ -177,22 +183,32 @@ class Readings:
         return {name: Estimate(float(p), d) for name, p, d in zip(self.prunings, points, draws.T, strict=True)}
 
     def null(self, n_perm: int = 1000, seed: int = 0, cluster: str = "item") -> np.ndarray:
-        """Bias where groups don't differ: their labels are shuffled among items or clusters: (n_perm, prunings)."""
+        """Bias if there were none: (n_perm, prunings).
+
+        Labels (group, else share) are shuffled among items or clusters; without labels, clusters' values change sign.
+        """
         # among items it answers for these clusters (such as descriptors of a group), among clusters for the groups
-        if self.items[cluster].is_unique:  # the same as shuffling values, which takes one call
+        label = next((c for c in ("group", "share") if c in self.items), "")
+        if label == "group" and self.items[cluster].is_unique:  # the same as shuffling values, which takes one call
             order = _orders(len(self.items), n_perm, seed)
             rows = zip(self.values, np.broadcast_to(self.weights, self.values.shape), strict=True)
             return np.stack([self.bias_of(value[order], self.items, weight[order]) for value, weight in rows], 1)
-        labels = shuffled_groups(self.items, n_perm, seed, cluster)
-        return np.stack([self.bias_of(self.values, regrouped(self.items, x), self.weights) for x in labels])
+        if label:
+            labels = shuffled(self.items, label, n_perm, seed, "cluster" if label == "share" else cluster)
+            return np.stack(
+                [self.bias_of(self.values, with_labels(self.items, label, x), self.weights) for x in labels]
+            )
+        place = pd.factorize(self.items["cluster"])[0]
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (n_perm, place.max() + 1))[:, place]
+        return np.stack([self.bias_of(self.values * sign, self.items, self.weights) for sign in signs])
 
     def detect(self, n_perm: int = 1000, cluster: str = "item") -> dict[str, float]:
-        """Bias of the first pruning (the unpruned model) beside the permutation null, whose mean is the floor."""
+        """Bias of the first pruning (the unpruned model) beside the permutation null, whose mean size is the floor."""
         first = self[self.prunings[:1]]
-        bias, null = float(first.bias()[0]), first.null(n_perm, cluster=cluster)[:, 0]
+        bias, null = float(first.bias()[0]), np.abs(first.null(n_perm, cluster=cluster)[:, 0])
         floor = float(null.mean())
         found = {"n": len(self.items), "bias": bias, "floor": floor, "floor_95": float(np.quantile(null, 0.95))}
-        return found | {"excess": bias - floor, "p": float((1 + (null >= bias).sum()) / (1 + len(null)))}
+        return found | {"excess": abs(bias) - floor, "p": float((1 + (null >= abs(bias)).sum()) / (1 + len(null)))}
 
 
 def resampled(items: pd.DataFrame, n_boot: int, seed: int = 0) -> np.ndarray:
@@ -207,10 +223,10 @@ def resampled(items: pd.DataFrame, n_boot: int, seed: int = 0) -> np.ndarray:
     return np.stack([counts[c] for c in items["cluster"]], 1).astype(float)
 
 
-def regrouped(items: pd.DataFrame, labels: ArrayLike) -> pd.DataFrame:
-    """Items with other group labels; a group's share goes with its label."""
-    moved = items.assign(group=np.asarray(labels, dtype=object))
-    if "share" in items:
+def with_labels(items: pd.DataFrame, label: str, values: ArrayLike) -> pd.DataFrame:
+    """Items with other labels in a column; a group's share goes with its label."""
+    moved = items.assign(**{label: np.asarray(values, dtype=object)})
+    if label == "group" and "share" in items:
         moved["share"] = moved["group"].map(items.drop_duplicates("group").set_index("group")["share"])
     return moved
 
@@ -219,10 +235,10 @@ def _orders(n: int, n_perm: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permuted(np.broadcast_to(np.arange(n), (n_perm, n)), axis=1)
 
 
-def shuffled_groups(items: pd.DataFrame, n_perm: int, seed: int = 0, cluster: str = "item") -> np.ndarray:
-    """Group labels shuffled among the values of a column, each of which lies in one group: (n_perm, items)."""
+def shuffled(items: pd.DataFrame, label: str, n_perm: int, seed: int = 0, cluster: str = "item") -> np.ndarray:
+    """Labels shuffled among the values of a column, each of which has one label: (n_perm, items)."""
     place = pd.factorize(items[cluster])[0]
-    of = items.drop_duplicates(cluster)["group"].to_numpy(dtype=object)
+    of = items.drop_duplicates(cluster)[label].to_numpy(dtype=object)
     order = _orders(len(of), n_perm, seed)
     labels = np.empty(order.shape, dtype=object)
     np.put_along_axis(labels, order, np.broadcast_to(of, order.shape), axis=1)

@@ -13,12 +13,13 @@ from typing import Self
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
-from biasprune.core.likelihood import Batches, evaluate, mask_gradients
+from biasprune.core.likelihood import Batches, evaluate, mask_gradients, token_log_probs
 from biasprune.core.masks import Pruning
 from biasprune.core.model import LM, encode, equal_lengths
-from biasprune.core.stats import Bias, Readings, mean_bias, regrouped
+from biasprune.core.stats import Bias, Readings, mean_bias, with_labels
 from biasprune.core.weights import Examples
 
 Objective = Callable[[LM, Tensor, pd.DataFrame], Tensor]  # ids (rows, tokens), rows of a table → (rows,)
@@ -69,11 +70,16 @@ class Measure(ABC):
             labels = of.map({first: second, second: first})
         else:
             labels = pd.Series(np.random.default_rng(seed).permutation(of.to_numpy()), index=of.index)
-        return replace(self, items=regrouped(self.items, self.items["cluster"].map(labels)))
+        return replace(self, items=with_labels(self.items, "group", self.items["cluster"].map(labels)))
 
     def readings(self, frame: pd.DataFrame) -> Readings:
         """What ``read`` gave, as arrays with intervals, nulls and reliability."""
         return Readings.of(frame, self.items, self.bias)
+
+    def detect(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The unpruned model's bias beside its permutation null: shuffled, units (how many), ``Readings.detect``."""
+        row = {"shuffled": "clusters", "units": self.items["cluster"].nunique()}
+        return pd.DataFrame([row | self.readings(frame).detect(cluster="cluster")])
 
     def first_order(self, lm: LM, parts: str = "heads") -> Readings:
         """Readings of the unpruned model and, to first order, without every part: one backward pass for all."""
@@ -128,6 +134,12 @@ class TextMeasure(Measure):
     def slopes(self, lm: LM, parts: str = "heads") -> np.ndarray:
         rows = self.prepare(lm, self.rows)
         return self._summed(rows, mask_gradients(lm, *self._per_row(lm, rows, self.batch_tokens // 4), parts))
+
+
+def endings(lm: LM, ids: Tensor, rows: pd.DataFrame) -> Tensor:
+    """Log-probability of what every text says from token number ``first`` on: (rows,)."""
+    first = torch.tensor(rows["first"].to_numpy())[:, None]
+    return token_log_probs(lm, ids, torch.arange(ids.shape[1]) >= first).sum(1)
 
 
 def tidy(prunings: Sequence[Pruning], items: pd.DataFrame, values: np.ndarray, **more: np.ndarray) -> pd.DataFrame:

@@ -18,11 +18,11 @@ from scipy.special import logit
 from torch import Tensor
 
 from biasprune.core.data import choose, need, read_csv
-from biasprune.core.likelihood import token_log_probs, unembed
+from biasprune.core.likelihood import unembed
 from biasprune.core.model import LM, encode
 from biasprune.core.stats import Bias, group_gap, weighted_sum
 from biasprune.core.weights import Examples, examples
-from biasprune.measures.base import TextMeasure
+from biasprune.measures.base import TextMeasure, endings
 
 CONTEXTS = ("speech", "possession", "welcome", "story", "names")  # of the pronouns; "names" tell the gender
 
@@ -52,8 +52,7 @@ def _with_tokens(lm: LM, rows: pd.DataFrame) -> pd.DataFrame:
 def log_odds(lm: LM, ids: Tensor, rows: pd.DataFrame) -> Tensor:
     """log p(a) − log p(b) of the next word, or the log-probability of one of them where words have several tokens."""
     if "first" in rows:
-        first = torch.tensor(rows["first"].to_numpy())[:, None]
-        return token_log_probs(lm, ids, torch.arange(ids.shape[1]) >= first).sum(1)
+        return endings(lm, ids, rows)
     tokens = torch.tensor(rows[["token_a", "token_b"]].to_numpy(), device=lm.device)
     logits = unembed(lm, lm.model.base_model(ids, use_cache=False).last_hidden_state[:, -1], tokens)
     return logits[:, 0] - logits[:, 1]
@@ -93,12 +92,13 @@ def share_slope(values: np.ndarray, items: pd.DataFrame, weights: np.ndarray) ->
 def pronouns(context: str, side: str = "") -> Choices:
     """Log-odds of she (her, …) against he after sentences about an occupation; bias: ``share_slope``.
 
-    context: One of ``CONTEXTS``; in "names" a first name tells the gender, so that the slope there should stay.
+    context: One of ``CONTEXTS``, or "all" but "names", in which a first name tells the gender, so that the slope there
+        should stay.
     side: "select" or "judge": neither occupations nor sentences of one side are those of the other; "" for both.
     """
-    choose(context, CONTEXTS, "context")
-    frames = read_csv("pronouns/frames.csv")
-    frames = frames[(frames["context"] == context) & ((frames["side"] == side) | (side == ""))]
+    choose(context, (*CONTEXTS, "all"), "context")
+    frames, wanted = read_csv("pronouns/frames.csv"), CONTEXTS[:-1] if context == "all" else (context,)
+    frames = frames[frames["context"].isin(wanted) & ((frames["side"] == side) | (side == ""))]
     need(frames, ["frame"], f"sentences of context {context}, side {side}")
     jobs, names = read_csv("pronouns/occupations.csv"), read_csv("audit/names.csv")
     rows = []

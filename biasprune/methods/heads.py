@@ -28,15 +28,15 @@ def head_scores(lm: LM, bias: Readings, ppl: Readings, *, n_boot: int = 1000) ->
 
     bias, ppl: Readings of any measure, and of ``measures.prose``, without each head and unpruned: by removal (``read``
         with ``single_heads``), by importance (``Sampled.weighed``), or to first order (``first_order``).
-    Returns: flat, layer, head; bias, ppl (unpruned); bias_without, ppl_without; z_bias = bias − bias_without (positive:
-        the head adds bias); z_ppl = ppl_without − ppl (positive: it matters for language modelling); z_bias_se,
-        z_ppl_se (bootstrap over clusters, and over windows). Source: Zayed et al., AAAI 2024; the published procedure
-        stores bias_without and ppl_without.
+    Returns: flat, layer, head; bias (its size), ppl (unpruned); bias_without, ppl_without; z_bias = bias − bias_without
+        (positive: the head adds bias); z_ppl = ppl_without − ppl (positive: it matters for language modelling);
+        z_bias_se, z_ppl_se (bootstrap over clusters, and over windows). Source: Zayed et al., AAAI 2024; the published
+        procedure stores bias_without and ppl_without.
     """
     names = [name for name in bias.prunings if name]
     flat, table = np.array([int(n) for n in names]), {}
     for what, readings, sign in (("bias", bias[["", *names]], 1), ("ppl", ppl[["", *names]], -1)):
-        points, draws = readings.bias(), readings.draws(n_boot)
+        points, draws = np.abs(readings.bias()), np.abs(readings.draws(n_boot))
         table |= {what: points[0], f"{what}_without": points[1:], f"z_{what}": sign * (points[0] - points[1:])}
         table |= {f"z_{what}_se": (draws[:, :1] - draws[:, 1:]).std(0, ddof=1)}
     where = {"flat": flat, "layer": flat // lm.anatomy.n_heads, "head": flat % lm.anatomy.n_heads}
@@ -55,30 +55,33 @@ def compare(
 
     chosen: The columns ``by``, draw, and pruning (text). Rows that share ``by`` and draw are averaged; draws are a
         sample of random selections, drawn anew in every bootstrap draw.
-    frame, measures: Of ``judge.read``: "bias" (of sampled texts) and "perplexity" of all these prunings and of the
-        unpruned model.
-    Returns: table: the columns ``by``; pruned (heads); bias; change (of bias, %); ppl; ppl_ratio (to the unpruned
-        model), with _low and _high; score (mean of the judge); distinct and empty (shares of the texts); floor (mean
-        bias with shuffled group labels). changes: ``by`` → the change's Estimate.
+    frame, measures: Of ``judge.read``: "bias", "perplexity" and others, of these prunings and the unpruned model.
+    Returns: table: the columns ``by``; pruned (heads); every measure with _low and _high; change (of the size of the
+        bias, %); ppl_ratio (to the unpruned model); floor (mean size of the bias under the permutation null); of texts
+        score (mean of the judge), distinct and empty (shares). changes: ``by`` → the change's Estimate.
     """
-    readings = {m: measures[m].readings(frame[frame["judged_by"] == m]) for m in ("bias", "perplexity")}
-    bias, ppl = (r.estimates(n_boot) for r in readings.values())
-    texts = frame[frame["judged_by"] == "bias"].groupby("pruning", sort=False)
-    health = texts.agg(score=("value", "mean"), distinct=("text", lambda t: t.nunique() / len(t)))
-    health["empty"] = texts["text"].agg(lambda t: (t.str.strip() == "").mean())
-    floor = readings["bias"].null(200, cluster="cluster").mean(0)
-    health["floor"] = pd.Series(floor, index=readings["bias"].prunings)
+    readings = {name: m.readings(frame[frame["judged_by"] == name]) for name, m in measures.items()}
+    estimates = {name: r.estimates(n_boot) for name, r in readings.items()}
+    floor = np.abs(readings["bias"].null(200, cluster="cluster")).mean(0)
+    health = pd.DataFrame({"floor": floor}, index=readings["bias"].prunings)
+    if "text" in frame:
+        texts = frame[frame["judged_by"] == "bias"].groupby("pruning", sort=False)
+        health = health.join(texts.agg(score=("value", "mean"), distinct=("text", lambda t: t.nunique() / len(t))))
+        health["empty"] = texts["text"].agg(lambda t: (t.str.strip() == "").mean())
+    estimates["size"] = {p: e.map(np.abs) for p, e in estimates["bias"].items()}
     rows, changes = [], {}
     for key, part in chosen.groupby(list(by), sort=False):
         draws = [of_draw for _, of_draw in part.groupby("draw")["pruning"]]
-        left, harm = (redrawn_mean([mean(of[p] for p in d) for d in draws]) for of in (bias, ppl))
-        changes[key] = (left / bias[""] - 1) * 100
+        of = {name: redrawn_mean([mean(e[p] for p in d) for d in draws]) for name, e in estimates.items()}
+        changes[key] = (of.pop("size") / estimates["size"][""] - 1) * 100
         row = dict(zip(by, key, strict=True)) | {"pruned": part["pruning"].str.split().str.len().mean()}
-        row |= {**left.row("bias"), **changes[key].row("change"), "ppl": harm.point}
-        ratio = (harm / ppl[""]).map(np.log).row("ppl_ratio")
+        row |= changes[key].row("change")
+        for name, one in of.items():
+            row |= one.row("ppl" if name == "perplexity" else name)
+        ratio = (of["perplexity"] / estimates["perplexity"][""]).map(np.log).row("ppl_ratio")
         rows.append(row | {k: np.exp(v) for k, v in ratio.items()} | dict(health.loc[part["pruning"]].mean()))
-    table = pd.DataFrame(rows)  # basic intervals can reach beyond what there is
-    return table.assign(bias_low=table["bias_low"].clip(0), change_low=table["change_low"].clip(-100)), changes
+    table = pd.DataFrame(rows)  # a basic interval can reach beyond what there is
+    return table.assign(change_low=table["change_low"].clip(-100)), changes
 
 
 # ---- scores that need no generation: FASP's baselines ------------------------------------------------

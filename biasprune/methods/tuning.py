@@ -9,11 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from biasprune.core.data import bar, read_csv
 from biasprune.core.model import LM, encode
-from biasprune.core.stats import Estimate, mean, redrawn_mean
 from biasprune.core.weights import examples
 
 
@@ -60,14 +58,3 @@ def tuned(lm: LM, texts: Sequence[str], *, epochs: int, rate: float, batch: int,
                 schedule.step()
     learner.eval().requires_grad_(False).zero_grad()
     return dataclasses.replace(lm, model=learner, name=f"{lm.name}, tuned", folder=None, origin="")
-
-
-def mean_of_seeds(estimates: Sequence[Estimate], seed: int = 0) -> Estimate:
-    """The mean over seeds of fine-tuning (or of random controls), which every bootstrap draw draws again.
-
-    k seeds drawn again vary less than new ones would, by √((k − 1) / k) and Student's t, by which their deviations are
-    stretched. With the same ``seed``, means of different measures are paired.
-    """
-    k, whole, again = len(estimates), mean(estimates), redrawn_mean(estimates, seed)
-    stretch = np.sqrt(k / (k - 1)) * stats.t.ppf(0.975, k - 1) / 1.96 if k > 1 else 0.0
-    return Estimate(whole.point, whole.draws + stretch * (again.draws - whole.draws))

@@ -3,7 +3,8 @@
 ``data/claims.csv`` has a row per claim: id; paper ("… (implied)": it rests on the claim without saying so); claim, in
 our words; published (figure and its place); what (quantity and interval of our figure); notebook and params (parameter
 file) that decide it; only_model (the one model it is about, last part of the name in lower case, or "published scores",
-which any run may read); not_run (why there may be no run). A verdict with id "" is on none of them.
+which any run may read); test (measure, threshold and split, fixed before the run); not_run (why there may be no run). A
+verdict with id "" is on none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from biasprune.core import data, parameters, run, stats
 NOT_RUN, OURS, PUBLISHED = "not run here", "biasprune", "published scores"
 VERDICTS = (*stats.VERDICTS, NOT_RUN)
 COLUMNS = ["id", "paper", "claim", "published", "case", "ours", "low", "high", "what", "verdict", "why"]
-COLUMNS += ["model", "about", "parameters", "notebook", "commit", "minutes", "command"]
+COLUMNS += ["model", "about", "parameters", "notebook", "commit", "minutes", "command", "test"]
 
 
 def known() -> pd.DataFrame:
