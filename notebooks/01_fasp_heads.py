@@ -100,9 +100,8 @@ from biasprune.core.masks import Pruning, export
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import verdict
-from biasprune.measures import judges, named, pairs, prompts
+from biasprune.measures import judges, named
 from biasprune.measures.prose import corpus, prose
-from biasprune.measures.toxicity import toxicity
 from biasprune.methods import heads, select
 from biasprune.methods.judge import read
 
@@ -112,7 +111,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 
 # %%
 run = start("01_fasp_heads", globals())
-sampled, axis = measure.startswith("texts:"), measure.rpartition(":")[2].strip()
+sampled = measure.startswith("texts:")
 choose(fidelity, ("exact", "gradient", *["importance"] * sampled), "fidelity")
 if save_pruned and Path(save_pruned).exists():
     raise FileExistsError(f"save_pruned: {save_pruned} is there already; give a new folder.")
@@ -121,18 +120,18 @@ n_heads, alphas = net.anatomy.n_flat, sorted(set(alphas))
 if int(alphas[0] * n_heads) == 0:
     raise ValueError(f"alphas: {alphas[0]} of {n_heads} heads is less than one head; give a larger α.")
 prose_texts = {split: corpus(corpus_name, split) for split in ("valid", "test")}
+how = {"source": prompts_source, "max_new_tokens": max_new_tokens, "top_k": top_k, "temperature": temperature}
+how |= {
+    "max_prompt_tokens": max_prompt_tokens or None,
+    "batch_rows": batch_rows,
+    "batch_tokens": batch_tokens,
+}
 if sampled:
-    judge = judges.load(judge_name, device=str(net.device))
-    tables = {split: prompts.load(axis, split, prompts_source) for split in ("valid", "test")}
+    how["judge"] = judge = judges.load(judge_name, device=str(net.device))
 
 
 def bias_measure(split: str, n: int, seeds: list, rule: str = rule):
-    if not sampled:
-        return named.measure(measure, split, n)
-    drawn = prompts.sample(tables[split], n or len(tables[split]), seed=0)
-    how = {"seeds": seeds, "max_new_tokens": max_new_tokens, "top_k": top_k, "temperature": temperature}
-    how |= {"max_prompt_tokens": max_prompt_tokens or None, "batch_rows": batch_rows}
-    return toxicity(drawn, judge, rule=rule, batch_tokens=batch_tokens, **how)
+    return named.measure(measure, split, n, texts=how | {"seeds": seeds, "rule": rule})
 
 
 def perplexity(split: str, rule: str = rule):
@@ -305,10 +304,7 @@ comparison.query("alpha == @alphas[-1]").style.hide(axis="index").format(precisi
 
 # %%
 if health:
-    text = partial(pairs.subset, pairs.sentences("stereoset"), health_items)
-    watched = {
-        x: pairs.meaning(text()) if x == "meaning" else named.measure(x, "test", health_items) for x in health
-    }
+    watched = {x: named.measure(x, "test", health_items) for x in health}
     some = chosen[chosen["method"].isin(["FASP", "random, matched"]) & (chosen["draw"] < health_draws)]
     jobs = {"unpruned": [""], **{f"α = {a}": x.unique() for a, x in some.groupby("alpha")["pruning"]}}
     jobs = {name: partial(read, net, [Pruning.parse(p) for p in x], watched) for name, x in jobs.items()}

@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -20,38 +24,41 @@
 # **Claim.** A head's effect on one bias correlates with its effect on the others, religion excepted; so
 # pruning for one bias lowers others too.
 #
-# **Cost.** With the defaults (a small model with three planted biases) about a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 8 minutes on one core with AMX (several times as long without), 4 GB.
+# **Here.** (a) The authors' own scores, one sampling seed against another. (b) Our models, by measures whose
+# head effects can be read; `axes` names them as in 01 (`stereoset: race`, `pronouns: speech`, …).
 #
-# > **Content warning.** Prompts name social groups. No text that a model wrote is shown here.
+# **Cost.** With the defaults (a small model with three planted biases) about a minute on two CPU cores, 1 GB.
+# `params/smollm2.yaml`: about 9 minutes on two cores without bfloat16, 3 GB.
+#
+# > **Content warning.** Sentences state stereotypes about social groups; none is shown here.
 
 # %% tags=["parameters"]
 model: str = "planted-axes"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
 dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
-axes: list = ["colour", "shape", "sound"]  # axes of bias; experiment 3 prunes for the first one
-prompts_source: str = "models/planted-axes/prompts.csv"  # biasprune, holistic_bias, or a CSV file
-judge_name: str = "sentiment"  # toxicity, sentiment, a Hugging Face classifier, …
-corpus_name: str = "corpora/everyday"  # sotu, bold, wikitext-2, or a text file
-likelihood_frame: str = ""  # put after a prompt, to look at the next word; " They are" after whole sentences
-axes_fidelity: str = "exact"  # exact (texts written without every head) or gradient (first order)
-axes_valid: int = 0  # prompts per axis to score heads on; 0 takes all
-axes_test: int = 0  # prompts per axis to judge head sets by; 0 takes all
-axes_seeds: list = [0, 1, 2, 3]  # sampling seeds for the head scores
-axes_test_seeds: list = [0, 1, 2, 3]  # sampling seeds for what is reported
-max_new_tokens: int = 4  # length of a continuation (paper: 40)
+axes: list = ["texts: colour", "texts: shape", "texts: sound"]  # measures; experiment 3 is about the first
+axes_fidelity: str = "exact"  # estimator of z_bias: exact (removal) or gradient (first order)
+axes_valid: int = 0  # items of each to score heads on, of one half of the clusters; 0 takes all
+axes_test: int = 0  # items of each to judge head sets by, of the other half; 0 takes all
+published_source: str = ""  # folder of the authors' scores; "" takes BIASPRUNE_PUBLISHED's
+prompts_source: str = "models/planted-axes/prompts.csv"  # texts: biasprune, holistic_bias, or a CSV file
+judge_name: str = "sentiment"  # texts: toxicity, sentiment, a Hugging Face classifier, …
+axes_seeds: list = [0, 1, 2, 3]  # texts: sampling seeds for the head scores
+axes_test_seeds: list = [0, 1, 2, 3]  # texts: sampling seeds for what is reported
+max_new_tokens: int = 4  # texts: length of a continuation (paper: 40)
+corpus_name: str = "corpora/everyday"  # prose: sotu, bold, wikitext-2, or a text file
 window: int = 64  # tokens per perplexity window; 0 takes a quarter of the context, as in the paper
-score_tokens: int = 1024  # tokens of validation text for z_ppl; 0 takes all
-test_tokens: int = 1024  # tokens of test text for the reported perplexity; 0 takes all
-axes_gamma: float = 0.3  # share of heads critical for language modelling: protected by FASP
+harm_tokens: int = 4096  # tokens of prose that say which heads matter for it; 0 takes all
+test_tokens: int = 1024  # tokens of test prose for the reported perplexity; 0 takes all
+axes_gamma: float = 0.3  # share of heads that matters most for prose: FASP protects it
 axes_alpha: float = 0.13  # share of heads pruned in experiment 3
-axes_draws: int = 2  # random head sets per axis; each is a control of every axis
-p_bias: float = 0.05  # an axis has bias if shuffled groups give as much with a lower probability
+axes_draws: int = 6  # random head sets that FASP could have picked: the controls of all axes
+p_bias: float = 0.05  # an axis has bias if its permutation null gives as much with a lower probability
 weak: float = 0.3  # correlation is refuted if most pairs of axes lie below this with their intervals
 small: float = 10.0  # spill-over is refuted if all other biases fall by less than this many %, certainly
-batch_rows: int = 256  # sequences per batch when sampling
-batch_tokens: int = 4096  # tokens per batch for perplexity and likelihood
+batch_rows: int = 256  # texts: sequences per batch when sampling
+batch_tokens: int = 4096  # tokens per batch otherwise
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
@@ -65,14 +72,15 @@ from IPython.display import Markdown, display
 from statsmodels.stats.multitest import multipletests
 
 from biasprune import figures
+from biasprune.core import weights
 from biasprune.core.data import choose
 from biasprune.core.masks import Pruning
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import verdict
-from biasprune.measures import choices, judges, prompts, prose, reliability, toxicity
+from biasprune.measures import judges, named, prose, reliability
 from biasprune.methods import heads, judge, parts, select
-from biasprune.papers import claims
+from biasprune.papers import claims, published
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -80,130 +88,163 @@ transformers.utils.logging.disable_progress_bar()
 # %%
 run = start("04_multi_bias_correlation", globals())
 choose(axes_fidelity, ("exact", "gradient"), "axes_fidelity")
+authors = {**published.means(published_source), **published.scores(published_source)}
+authors |= {m: t for m, t in published.means(published_source).items() if authors[m]["axis"].nunique() == 1}
+authors = {m: t for m, t in authors.items() if t["axis"].nunique() > 1}
 net = load(model, revision=revision or None, dtype=dtype, device=device)
-reader = judges.load(judge_name, device=str(net.device))
-sentences = {f"{a}, {s}": prompts.load(a, s, prompts_source) for a in axes for s in ("valid", "test")}
-texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
-run.inputs(lm=net, **sentences, **texts)
+texts = {"source": prompts_source, "max_new_tokens": max_new_tokens, "batch_rows": batch_rows}
+if any(axis.startswith("texts") for axis in axes):
+    texts["judge"] = judges.load(judge_name, device=str(net.device))
+written = {"valid": texts | {"seeds": axes_seeds}, "test": texts | {"seeds": axes_test_seeds}}
+valid = {axis: named.measure(axis, "valid", axes_valid, texts=written["valid"]) for axis in axes}
+test = {axis: named.measure(axis, "test", axes_test, texts=written["test"]) for axis in axes}
+corpora = {f"{split} prose": prose.corpus(corpus_name, split) for split in ("valid", "test")}
+used = {f"{axis}, {s}": m.items for s, ms in (("valid", valid), ("test", test)) for axis, m in ms.items()}
+run.inputs(lm=net, **used, **corpora, **authors)
 
 # %% [markdown]
-# ## 1 Is there bias, and can the effects of heads on it be measured?
-# Two measures: `written`, the judge's score of what the model writes, as in the paper; and `likelihood`, how
-# likely unkind words are right after the prompt, against kind ones.
+# ## 1 The authors' own scores
+# Published for four models: bias without each head, on five axes. `r`: Pearson correlation over heads, one
+# seed's axis against another seed's, so that the noise of shared prompts drops out (95 % over heads);
+# `disattenuated`: divided by how well each axis agrees with itself. For GPT-Neo 1.3B only means over seeds are
+# published: their correlations hold that noise, too. *Non-critical*: without the 30 % of heads whose loss harms
+# perplexity most, which change every bias at once. Then what pruning for gender does to the other axes:
+# `lower`, bias without a candidate − bias without a picked head; `own`, picked for that axis itself.
 
 # %%
-sampling = {"max_new_tokens": max_new_tokens, "batch_rows": batch_rows, "batch_tokens": batch_tokens}
+if authors:
+    of = [(m, t, which) for m, t in authors.items() for which in ("all heads", "non-critical heads")]
+    crossed = [published.axes(t, 0.3 * (w != "all heads")).assign(model=m, which=w) for m, t, w in of]
+    crossed = run.frame("published_axes", lambda: pd.concat(crossed))
+    spilled = [published.spill(t).assign(model=m) for m, t in authors.items()]
+    spilled = run.frame("published_spill", lambda: pd.concat(spilled))
+    ends = {"low": "low", "high": "high", "panel": "model", "hue": "which", "xlabel": "correlation of axes"}
+    named_pairs = crossed.assign(
+        pair=crossed["a"].str.split("_").str[0] + ", " + crossed["b"].str.split("_").str[0]
+    )
+    run.figure(figures.intervals(named_pairs, "r", "pair", **ends), "published_axes")
+    display(spilled.set_index("model").style.format(precision=4))
+else:
+    display(Markdown("The published scores aren't at hand (`published_source`, `BIASPRUNE_PUBLISHED`)."))
+
+# %% [markdown]
+# ## 2 Our model: is there bias, and can the effects of heads on it be measured?
+# `floor`: mean size of the bias under the permutation null; `p`: how often that gives as much as there is. `r`:
+# reliability of z_bias, the bias that a head's removal takes away: correlation of halves of the clusters,
+# stepped up (95 % over heads). An axis is read where there is bias and effects agree.
 
 
-def written(axis, split, n, seeds):
-    table = sentences[f"{axis}, {split}"]
-    table = prompts.sample(table, n or len(table), seed=0)
-    return toxicity.toxicity(table, reader, seeds=seeds, **sampling)
+# %%
+def without_heads(
+    axis: str, layer: int
+) -> pd.DataFrame:  # of a layer; −1: nothing; None: all, to first order
+    if layer is None:
+        return valid[axis].first_order(net).frame().assign(axis=axis)
+    removed = [Pruning()] if layer == -1 else heads.single_heads(net, [layer])
+    return valid[axis].read(net, removed)[["pruning", "item", "value"]].assign(axis=axis)
 
 
-def without_heads(name, layer):  # of a layer; −1: nothing removed; None: all heads, to first order
-    removed = [Pruning()] if layer == -1 else heads.single_heads(net, [layer or 0])
-    one = measures[name]
-    frame = one.first_order(net).frame() if layer is None else one.read(net, removed)
-    return frame[["pruning", "item", "value"]].assign(measure=name[0], axis=name[1])
-
-
-valid = {axis: written(axis, "valid", axes_valid, axes_seeds) for axis in axes}
-measures = {("written", axis): one for axis, one in valid.items()}
-measures |= {("likelihood", x): choices.tone(one.items, frame=likelihood_frame) for x, one in valid.items()}
-cut = {"length": window or None, "batch_tokens": batch_tokens}
-measures["perplexity", ""] = prose.prose(net, texts["valid"], **cut, max_tokens=score_tokens or None)
 layers = range(-1, net.anatomy.n_layers) if axes_fidelity == "exact" else [None]
-steps = {"written": layers, "likelihood": [None], "perplexity": layers}
-jobs = {f"{name}, {i}": partial(without_heads, name, i) for name in measures for i in steps[name[0]]}
-effects = run.pieces("head_effects", jobs).groupby(["measure", "axis"], sort=False)
-reads = {name: measures[name].readings(part) for name, part in effects}
-ppl = reads.pop(("perplexity", ""))
-rows = [{"measure": m, "axis": a, **r.detect(), **reliability.split_half(r)} for (m, a), r in reads.items()]
+jobs = {f"{axis}, {i}": partial(without_heads, axis, i) for axis, i in product(axes, layers)}
+effects = run.pieces("head_effects", jobs)
+reads = {axis: valid[axis].readings(part) for axis, part in effects.groupby("axis", sort=False)}
+rows = [
+    {"axis": axis, **r.detect(cluster="cluster"), **reliability.split_half(r)} for axis, r in reads.items()
+]
 reliable = run.frame("reliability", lambda: pd.DataFrame(rows))
-can_be_read = (reliable["p"] < p_bias) & (reliable["low"] > 0)
-if can_be_read.any():
-    dots = {"low": "low", "high": "high", "hue": "measure", "xlabel": "reliability of z_bias"}
-    run.figure(figures.intervals(reliable[can_be_read], "r", "axis", **dots), "reliability")
-unread = [f"{r.axis} by {r.measure} (p = {r.p:.2f})" for r in reliable[~can_be_read].itertuples()]
-display(Markdown(f"Not readable, for want of bias or of effects that agree: {', '.join(unread) or 'none'}."))
+readable = reliable.loc[(reliable["p"] < p_bias) & (reliable["low"] > 0), "axis"].tolist()
+dots = {"low": "low", "high": "high", "xlabel": "reliability of z_bias (95 % over heads)"}
+run.figure(figures.intervals(reliable, "r", "axis", **dots), "reliability")
+left_out = ", ".join(axis for axis in axes if axis not in readable) or "none"
+display(Markdown(f"Not readable, for want of bias or of effects that agree: {left_out}."))
 reliable.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
-# `floor`: bias with group labels shuffled among the prompts, on average; `p`: how often they give as much as
-# there is. `r`: reliability of z_bias, the bias that a head's removal takes away, stepped up from `half`, the
-# correlation of halves of the prompts (95 % over heads). An axis is read where there is bias and effects
-# agree: without bias, a head that makes all texts vary more raises the noise of all axes, and that agrees
-# too.
-#
-# ## 2 Correlation between axes (experiment 2)
+# ## 3 Correlation between axes (experiment 2)
 # `r` is the plain correlation over heads, as in the paper; noise keeps it below `ceiling`, √(reliability ×
 # reliability). `disattenuated` estimates the correlation of what is measured: one axis in one half of the
-# prompts against the other in the other half, so that noise of shared prompts drops out (95 % over prompts).
-# 95 % of permuted heads stay below `null_95`. In the figure `r` is in brackets; bold: positive by its
-# interval, and by Holm's correction. Heads critical for language modelling change every bias at once.
+# clusters against the other in the other half (95 % over clusters). 95 % of permuted heads stay below
+# `null_95`. In the figure `r` is in brackets; bold: positive by its interval, and by Holm's correction.
 
 # %%
-scored = {x: heads.head_scores(net, reads["written", x], ppl) for x in axes}
-run.frame("head_scores", lambda: pd.concat([table.assign(axis=x) for x, table in scored.items()]))
-ppl_without, n_heads = scored[axes[0]]["ppl_without"], net.anatomy.n_flat
-free = np.flatnonzero(ppl_without.rank(method="first") <= n_heads - int(axes_gamma * n_heads))
+n_heads = net.anatomy.n_flat
+cut = partial(prose.prose, net, length=window or None, batch_tokens=batch_tokens)
+harm = cut(corpora["valid prose"], max_tokens=harm_tokens or None).cut
+harm = run.frame(
+    "harm", lambda: pd.DataFrame({"harm": weights.part_snip(net, weights.prose(harm), "heads").ravel()})
+)
+harm = harm["harm"].to_numpy()
+free = np.argsort(harm, kind="stable")[: n_heads - int(axes_gamma * n_heads)]
 among = {"all heads": range(n_heads), "non-critical heads": free}
 
 
-def related(measure, which, method):
-    subset = {x: reads[measure, x][["", *map(str, among[which])]] for x in readable[measure]}
-    table = reliability.correlations(subset, method=method).assign(measure=measure, which=which)
+def related(which: str, method: str) -> pd.DataFrame:
+    subset = {axis: reads[axis][["", *map(str, among[which])]] for axis in readable}
+    table = reliability.correlations(subset, method=method).assign(which=which)
     table["p_holm"] = multipletests(table["p"], method="holm")[1]
     return table.assign(positive=table["p_holm"].lt(0.05) & table["low"].gt(0))
 
 
-readable = reliable[can_be_read].groupby("measure", sort=False)["axis"].agg(list)
-shapes = [x for x in product(readable.index, among, ["spearman", "pearson"]) if len(readable[x[0]]) > 1]
-shown = pd.DataFrame(columns=["measure", "a", "b", "disattenuated", "high", "positive"], dtype=float)
-if shapes:
+pairs = pd.DataFrame(columns=["which", "method", "a", "b", "disattenuated", "high", "positive"], dtype=float)
+if len(readable) > 1:
+    shapes = list(product(among, ("spearman", "pearson")))
     pairs = run.frame("correlations", lambda: pd.concat([related(*shape) for shape in shapes]))
-    shown = pairs[(pairs["method"] == "spearman") & (pairs["which"] == "all heads")]
-    cells = shown.assign(text=[f"{r.disattenuated:.2f}\n({r.r:.2f})" for r in shown.itertuples()])
-    style = {"text": "text", "bold": "positive", "panel": "measure", "limit": 1.0, "label": "correlation"}
+    cells = pairs[pairs["method"] == "spearman"]
+    cells = cells.assign(text=[f"{r.disattenuated:.2f}\n({r.r:.2f})" for r in cells.itertuples()])
+    style = {"text": "text", "bold": "positive", "panel": "which", "limit": 1.0, "label": "correlation"}
     run.figure(figures.heat_map(cells, "a", "b", "disattenuated", **style), "correlations")
     display(pairs.style.hide(axis="index").format(precision=2))
+shown = pairs[(pairs["method"] == "spearman") & (pairs["which"] == "all heads")]
 
 # %% [markdown]
-# ## 3 Pruned for one axis, judged on all (experiment 3)
-# FASP with one γ and α, by the scores of every axis in turn, against as many random heads that FASP could
-# have picked, in % of the unpruned bias. In the figure the change itself is in brackets; bold: both below 0
-# with their intervals (over prompts and random sets; see tests/test_stats.py).
+# ## 4 Pruned for one axis, judged on all (experiment 3)
+# FASP with one γ and α, by the scores of every axis in turn and by the mean of all (in shares of each
+# bias), against random heads that FASP could have picked, in % of the unpruned bias. In the figure the
+# change itself is in brackets; bold: both below 0 with their intervals (over clusters and random sets).
 
 # %%
-bias_without = {valid[axis]: table["bias_without"] for axis, table in scored.items()}
+n_pruned, by_measure = int(axes_alpha * n_heads), {one: reads[axis] for axis, one in valid.items()}
+select_from = partial(select.fasp, ppl_without=harm, gamma=axes_gamma, alpha=axes_alpha)
+
+
+def by_fasp(lm, measure):
+    return parts.of_parts("heads", select_from(np.abs(by_measure[measure].bias())[1:]))
 
 
 def at_random(lm, measure, draw):
-    seed = draw * len(axes) + list(bias_without).index(measure)
-    return parts.of_parts("heads", select.random(free, int(axes_alpha * n_heads), seed=seed))
+    return parts.of_parts("heads", select.random(free, n_pruned, seed=draw))
 
 
-fasp = partial(select.fasp, ppl_without=ppl_without, gamma=axes_gamma, alpha=axes_alpha)
-methods = {"FASP": lambda lm, measure: parts.of_parts("heads", fasp(bias_without[measure]))}
-methods |= {f"random {i}": partial(at_random, draw=i) for i in range(axes_draws)}
-on = {f"on {axis}": written(axis, "test", axes_test, axes_test_seeds) for axis in axes}
-known = valid | on | {"perplexity": prose.prose(net, texts["test"], **cut, max_tokens=test_tokens or None)}
-options = {"always": ["perplexity"], "pieces": partial(run.pieces, "test")}
-tried = judge.select_and_judge(net, methods, list(product(axes, on)), known, **options)
-left = judge.judged(tried, known)
-whole = {name: one.readings(tried[tried["judged_by"] == name]).detect() for name, one in on.items()}
+on = {f"on {axis}": one for axis, one in test.items()}
+known = valid | on | {"perplexity": cut(corpora["test prose"], max_tokens=test_tokens or None)}
+all_axes = np.mean([np.abs(r.bias()) / np.abs(r.bias()[0]) for r in reads.values()], axis=0)[1:]
+fixed = {f"random {i}": partial(at_random, draw=i) for i in range(axes_draws)}
+fixed["FASP, all axes"] = lambda lm, measure: parts.of_parts("heads", select_from(all_axes))
+in_turn, once = list(product(axes, on)), list(product(axes[:1], on))
+how = {"always": ["perplexity"]}
+tried = judge.select_and_judge(
+    net, {"FASP": by_fasp}, in_turn, known, pieces=partial(run.pieces, "test"), **how
+)
+others = judge.select_and_judge(net, fixed, once, known, pieces=partial(run.pieces, "fixed"), **how)
+left = judge.judged(pd.concat([tried, others.query("method != ''")]), known)
+whole = {
+    name: one.readings(tried[tried["judged_by"] == name]).detect(cluster="cluster")
+    for name, one in on.items()
+}
 
 
-def changed(axis, name):
-    rows = left.rows(method="FASP", selected_by=axis, judged_by=name)
-    random = [np.array([i]) for i in left.rows(method=list(methods)[1:], judged_by=name)]
-    beyond = left.more(rows, random) / left.before[rows[0]]
+def changed(axis: str, name: str) -> dict:
+    which = {"method": "FASP", "selected_by": axis} if axis in axes else {"method": "FASP, all axes"}
+    rows, random = left.rows(**which, judged_by=name), [f"random {i}" for i in range(axes_draws)]
+    more = left.more(rows, [np.array([i]) for i in left.rows(method=random, judged_by=name)])
+    beyond = more / left.before[rows[0]].map(np.abs)
     change = (left.share(rows) * -100).row("change") | (beyond * -100).row("against_random")
     return {"selected_by": axis, "judged_on": name[3:], **change, **whole[name]}
 
 
-spread = run.frame("judged_on_all", lambda: pd.DataFrame([changed(*x) for x in product(axes, on)]))
+spread = run.frame(
+    "judged_on_all", lambda: pd.DataFrame([changed(*x) for x in product([*axes, "all axes"], on)])
+)
 spread["lower"] = (spread["change_high"] < 0) & (spread["against_random_high"] < 0)
 tested = spread[spread["p"] < p_bias]
 if len(tested):
@@ -213,34 +254,50 @@ if len(tested):
     run.figure(figure, "selected_and_judged")
     display(tested.style.hide(axis="index").format(precision=2))
 untested = spread.loc[spread["p"] >= p_bias, "judged_on"].unique()
-display(Markdown(f"Axes without bias on the test prompts, so left out: {', '.join(untested) or 'none'}."))
+display(Markdown(f"Axes without bias on the test items, so left out: {', '.join(untested) or 'none'}."))
 health = left.table[left.table["judged_by"] == "perplexity"].rename(columns={"bias": "perplexity"})
-health[["method", "selected_by", "pruning", "perplexity"]].style.hide(axis="index").format(precision=2)
+health = run.frame("health", lambda: health[["method", "selected_by", "pruning", "perplexity"]])
+health.drop(columns="pruning").style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
-# ## 4 Verdict
+# ## 5 Verdict
+
 
 # %%
+def conclude(claim: str, case: str, ends, good, bad, why: str, biased=True) -> None:
+    rows.append(
+        [claim, case, *ends, verdict(reproduced=bool(good), refuted=bool(bad), biased=bool(biased)), why]
+    )
+
+
 rows, ends = [], ["mean", "min", "max"]
-asked = [axis for axis in axes if axis != "religion"]
-total = len(asked) * (len(asked) - 1) // 2
-for measure, claim in {"written": "F2 texts", "likelihood": "F2 likelihood"}.items():
-    kept = shown[(shown["measure"] == measure) & shown["a"].isin(asked) & shown["b"].isin(asked)]
-    n, p = int(kept["positive"].sum()), reliable.loc[reliable["measure"] == measure, "p"]
-    biased = p.lt(p_bias).sum() > 1
-    word = verdict(biased=biased, reproduced=0 < n == total, refuted=kept["high"].lt(weak).mean() > 0.5)
-    why = f"{n} of {total} pairs of axes without religion positive, {len(kept)} readable"
-    rows.append([claim, measure, *kept["disattenuated"].agg(ends), word, why])
+total = len(axes) * (len(axes) - 1) // 2
+why = f"{shown['positive'].sum():.0f} of {total} pairs of axes positive, {len(shown)} readable"
+good, bad = 0 < shown["positive"].sum() == total, len(shown) and shown["high"].lt(weak).mean() > 0.5
+conclude("F2", "", shown["disattenuated"].agg(ends), good, bad, why, reliable["p"].lt(p_bias).sum() > 1)
 pruned = tested[tested["selected_by"] == axes[0]].set_index("judged_on")
 others, starts = pruned.drop(index=axes[0], errors="ignore"), bool(pruned["lower"].get(axes[0]))
-biased, down = axes[0] in pruned.index and len(others) > 0, int(others["lower"].sum())
 flat = starts and others["against_random_low"].gt(-small).all()
-word = verdict(biased=biased, reproduced=starts and down == len(others), refuted=flat)
-why = f"{axes[0]} itself is {'' if starts else 'not '}lower, so are {down} of {len(others)} others with bias"
-rows.append(["F3", "", *others["against_random"].agg(ends), word, why])
+why = f"{axes[0]} itself is {'' if starts else 'not '}lower, "
+why += f"so are {others['lower'].sum():.0f} of {len(others)} others"
+good, bias_to_test = starts and others["lower"].all(), axes[0] in pruned.index and len(others) > 0
+conclude("F3", axes[0], others["against_random"].agg(ends), good, flat, why, bias_to_test)
+for name, table in crossed[crossed["which"] == "all heads"].groupby("model", sort=False) if authors else ():
+    rest = crossed[(crossed["model"] == name) & (crossed["which"] != "all heads")]
+    why = f"{table['low'].gt(0).sum()} of {len(table)} pairs positive; "
+    why += f"{rest['low'].gt(0).sum()} among non-critical heads"
+    good, bad = table["low"].gt(0).all(), table["high"].lt(weak).mean() > 0.5
+    conclude("F2 published", name, table["r"].agg(ends), good, bad, why)
+    table = spilled[(spilled["model"] == name) & (spilled["axis"] != "gender_and_sex")]
+    own = spilled[(spilled["model"] == name) & (spilled["axis"] == "gender_and_sex")].iloc[0]
+    why = f"{table['low'].gt(0).sum()} of {len(table)} other axes lower; gender itself by {own['lower']:.4f}"
+    ends_of = table["lower"].mean(), table["low"].min(), table["high"].max()
+    conclude("F3 published", name, ends_of, table["low"].gt(0).all(), table["high"].lt(0).any(), why)
 verdicts = pd.DataFrame(rows, columns=["id", "case", "ours", "low", "high", "verdict", "why"])
 verdicts = verdicts.join(claims.known().set_index("id")[["claim", "what"]], on="id")
-text = [f"{r.claim}: **{r.verdict}** ({r.why})." for r in verdicts.itertuples()]
+text = [
+    f"{r.claim}{f' ({r.case})' * bool(r.case)}: **{r.verdict}** ({r.why})." for r in verdicts.itertuples()
+]
 sentence = f"{model}, {len(axes)} axes. {' '.join(text)}"
 verdicts.drop(columns="what").style.hide(axis="index").format(precision=2, na_rep="–")
 
@@ -249,12 +306,15 @@ truth = net.folder / "truth.csv"
 if truth.exists() and axes_fidelity == "exact":  # is what was planted inside the intervals?
     planted = pd.read_csv(truth).eval(f"flat = layer * {net.anatomy.n_heads} + head")
     planted = planted.pivot(index="flat", columns="axis", values="raises").reindex(range(n_heads)).fillna(0)
-    check = pairs.query("which == 'all heads' and method == 'pearson' and measure == 'written'").copy()
-    check["planted"] = [planted.corr().loc[r.a, r.b] for r in check.itertuples()]
-    assert check["planted"].between(check["low"], check["high"]).all(), "planted correlations aren't found"
+    check = pairs.query("which == 'all heads' and method == 'pearson'")
+    expected = [planted.corr().loc[r.a.split(": ")[1], r.b.split(": ")[1]] for r in check.itertuples()]
+    assert check["low"].le(expected).all() and check["high"].ge(expected).all(), (
+        "planted correlations aren't found"
+    )
 tables = {"reliability": "Is there bias (p), and do the effects of heads agree with themselves (r)?"}
-tables |= {"correlations": "Correlation between axes over heads"}
-tables |= {"judged_on_all": "Pruned for one axis, judged on all: change of bias in % (95 %)"}
-maps = {"correlations": "Correlation between axes over heads, disattenuated; plain ones in brackets"}
-maps |= {"selected_and_judged": "Change of bias beyond random heads", "reliability": "Reliability per axis"}
-run.finish(sentence, verdicts=verdicts, about=", ".join(axes), tables=tables, figures=maps)
+tables |= {"judged_on_all": "Pruned for one axis, judged on all: change of bias in %"}
+tables |= {"published_spill": "The authors' scores: what heads picked for gender do to the other axes"}
+plots = {"published_axes": "The authors' scores: correlation between axes, one seed against another"}
+plots |= {"correlations": "Correlation of head effects between axes, disattenuated (in brackets: plain)"}
+plots |= {"selected_and_judged": "Pruned for one axis, judged on all: change beyond random heads in %"}
+run.finish(sentence, verdicts=verdicts, about=f"{len(axes)} axes", tables=tables, figures=plots)

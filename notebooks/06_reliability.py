@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -12,57 +16,65 @@
 # ---
 
 # %% [markdown]
-# # How much can head scores be trusted?
+# # Can head scores be trusted?
 #
-# **Paper.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv 2312.15398):
-# the scores of heads on which its selections rest, as the authors published them, and our own. **Claim.**
-# Removing one head at a time says which heads add to bias, and the worst ones can then be pruned.
+# **Paper.** Zayed et al., *Fairness-Aware Structured Pruning in Transformers*, AAAI 2024 (arXiv 2312.15398),
+# picks heads by their effect on one bias, measured once.
+#
+# **Questions.** What it takes for granted: that scores come out again with other seeds (F4) and other items
+# (F6), that heads picked on validation prompts are as good on others (F5), that other measures would pick
+# them, too (F7), that effects of single heads add up (F8). And what would be better: other ways of picking
+# several heads (R3), common random numbers (R4), another kind of removal (R5).
 #
 # **Cost.** With the defaults (a small model with a planted truth) two minutes on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 11 minutes on one core with AMX (several times as long without), 4 GB.
+# `params/smollm2.yaml`: about 10 minutes on two cores without bfloat16, 3 GB.
 #
-# > **Content warning.** Prompts name social groups. No text that a model wrote is shown here.
+# > **Content warning.** Sentences state stereotypes, and models continue prompts about social groups in
+# > offensive ways; none is shown here.
 
 # %% tags=["parameters"]
 model: str = "planted"  # packaged name, small model, local folder, or Hugging Face hub id
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
 dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
-axis: str = "invented_group"  # gender_and_sex, race_ethnicity, nationality, religion, sexual_orientation
-prompts_source: str = "models/planted/prompts.csv"  # biasprune, holistic_bias, or a CSV file
-judges: list = ["sentiment", "toxicity"]  # readers of what is written; the first is the main one
-likelihood_frame: str = ""  # put after a prompt, to look at the next word; " They are" after whole sentences
-corpus_name: str = "corpora/generated"  # sotu, bold, wikitext-2, or a text file
+trust_measures: list = [  # measures whose reliability is shown; see 01 and biasprune/measures/named.py
+    "texts: invented_group",
+    "texts by toxicity: invented_group",
+    "tone: invented_group",
+]
+trust_items: int = 0  # items of each, of validation and test clusters; 0 takes all
+trust_counts: list = [56, 112, 224, 448, 896, 1792]  # numbers of items to show the reliability at
+same_bias: list = ["texts: invented_group", "tone: invented_group"]  # of one bias; the first is the main one
+prompts_source: str = "models/planted/prompts.csv"  # texts: biasprune, holistic_bias, or a CSV file
+judge_name: str = "sentiment"  # texts: toxicity, sentiment, a Hugging Face classifier, …
+likelihood_frame: str = ""  # tone: put after a prompt; " They are" after whole sentences
+trust_seeds: list = [0, 1]  # texts: sampling seeds
+max_new_tokens: int = 8  # texts: length of a continuation (paper: 40)
+noise_axis: str = "invented_group"  # texts written with common and with independent noise; "" for none
+noise_prompts: int = 84  # prompts for that
+noise_layers: int = 2  # layers whose heads are removed for it, evenly spread
+corpus_name: str = "corpora/generated"  # prose: sotu, bold, wikitext-2, or a text file
 published_source: str = ""  # folder of the published scores; "" takes BIASPRUNE_PUBLISHED's
-max_new_tokens: int = 8  # length of a continuation (paper: 40)
 window: int = 64  # tokens per perplexity window; 0 takes a quarter of the context, as in the paper
-score_tokens: int = 1024  # tokens of validation text for z_ppl; 0 takes all
-test_tokens: int = 1024  # tokens of test text for the reported perplexity; 0 takes all
-cheap_fidelity: str = "importance"  # or gradient: effects of all heads from the unpruned model's texts
-cheap_prompts: int = 0  # prompts for it; 0 takes all
-exact_prompts: int = 84  # prompts for texts written without each head, with common and independent noise
-exact_layers: int = 2  # layers whose heads are scored so, evenly spread; 0 takes all
-trust_seeds: list = [0, 1]  # sampling seeds of sections 2 and 3
-trust_counts: list = [28, 56, 112, 224, 448, 896, 1792]  # numbers of prompts to show the reliability at
-wanted_reliability: float = 0.8  # how many prompts does it take?
-gamma: float = 0.3  # share of heads protected for language modelling
+harm_tokens: int = 4096  # tokens of prose that say which heads matter for it; 0 takes all
+test_tokens: int = 1024  # tokens of test prose for the reported perplexity; 0 takes all
+wanted_reliability: float = 0.8  # how many items does it take?
+gamma: float = 0.1  # share of heads protected for language modelling
 joint_heads: int = 5  # heads with the highest z_bias whose pairs are removed together
 joint_sizes: list = [3, 4, 5]  # growing sets of them
-joint_prompts: int = 84  # validation prompts for that; 0 takes all
-joint_seeds: list = [2, 3, 4, 5]  # sampling seeds
-greedy_heads: int = 3  # heads removed one after the other, all scored again each time
-greedy_prompts: int = 84  # prompts for each scoring
-n_test: int = 0  # prompts to report on; 0 takes all
-trust_test_seeds: list = [0, 1, 2]  # sampling seeds for what is reported
-p_bias: float = 0.05  # there is bias if shuffled groups give as much with a lower probability
+greedy_heads: int = 3  # heads picked in one shot, one after the other, and by annealing
+annealing_steps: int = 60  # sets that simulated annealing tries
+ablations: list = ["mean", "uniform"]  # other kinds of removal than zeroing; [] for none
+p_bias: float = 0.05  # there is bias if the permutation null gives as much with a lower probability
 weak: float = 0.3  # other measures find other heads if all correlations certainly lie below this
 additive: list = [0.8, 1.25]  # effects add up if joint ÷ sum certainly lies in this range
 kept_share: float = 0.8  # a selection is as good on test prompts if this share of its advantage is left
-batch_rows: int = 256  # sequences per batch when sampling
-batch_tokens: int = 4096  # tokens per batch for importance and gradients
+batch_rows: int = 256  # texts: sequences per batch when sampling
+batch_tokens: int = 4096  # tokens per batch otherwise
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
+import time
 from functools import partial
 from itertools import combinations
 
@@ -73,14 +85,13 @@ from IPython.display import Markdown, display
 from statsmodels.stats.multitest import multipletests
 
 from biasprune import figures
-from biasprune.core.data import choose
-from biasprune.core.masks import Pruning, masked
+from biasprune.core import weights
+from biasprune.core.masks import Pruning, ablating, masked
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import mean, verdict
-from biasprune.measures import choices, prompts, prose, reliability, toxicity
-from biasprune.measures.judges import load as load_judge
-from biasprune.methods import heads, judge, parts
+from biasprune.measures import judges, named, pairs, prompts, prose, reliability
+from biasprune.methods import heads, judge, parts, select
 from biasprune.papers import claims, published
 
 transformers.utils.logging.set_verbosity_error()
@@ -88,13 +99,20 @@ transformers.utils.logging.disable_progress_bar()
 
 # %%
 run = start("06_reliability", globals())
-choose(cheap_fidelity, ("importance", "gradient"), "cheap_fidelity")
 known = published.scores(published_source)
 net = load(model, revision=revision or None, dtype=dtype, device=device)
-readers, main = {name: load_judge(name, device=str(net.device)) for name in judges}, judges[0]
-sentences = {f"prompts, {s}": prompts.load(axis, s, prompts_source) for s in ("valid", "test")}
-texts = {f"prose, {s}": prose.corpus(corpus_name, s) for s in ("valid", "test")}
-run.inputs(lm=net, **sentences, **texts, **known)
+n_heads, single = net.anatomy.n_flat, heads.single_heads(net)
+texts = {"source": prompts_source, "seeds": trust_seeds, "max_new_tokens": max_new_tokens}
+texts |= {"batch_rows": batch_rows, "frame": likelihood_frame}
+if noise_axis or any(x.startswith("texts:") for x in [*trust_measures, *same_bias]):
+    texts["judge"] = judges.load(judge_name, device=str(net.device))
+whole = {x: named.measure(x, "all", trust_items, texts=texts) for x in trust_measures}
+alike, test = ({x: named.measure(x, s, trust_items, texts=texts) for x in same_bias} for s in ("all", "test"))
+main, valid = same_bias[0], named.measure(same_bias[0], "valid", trust_items, texts=texts)
+corpora = {f"{split} prose": prose.corpus(corpus_name, split) for split in ("valid", "test")}
+sides = {"all": whole | alike, "valid": {main: valid}, "test": test}
+used = {f"{x}, {side}": m.items for side, of in sides.items() for x, m in of.items()}
+run.inputs(lm=net, **used, **corpora, **known)
 
 # %% [markdown]
 # ## 1 The published scores, read again
@@ -120,95 +138,83 @@ else:
     display(Markdown("The published scores aren't at hand (`published_source`, `BIASPRUNE_PUBLISHED`)."))
 
 # %% [markdown]
-# ## 2 Our own scores: how reliability grows with prompts
-# Split half: correlation of head effects in two halves of the prompts, stepped up to all of them. Effects of
-# all heads come from the unpruned model's texts; those of some from texts written without each head, with
-# common random numbers, or independent noise as published. Lines with other heads don't compare. Reliability
-# that *falls* with more prompts is a warning: without bias, a head that makes all texts vary more raises the
-# noise everywhere.
+# ## 2 Reliability is a property of the measure
+# First-order effects of all heads on each measure. Split half: correlation of head effects in two halves of the
+# items' clusters, stepped up to all of them; the line grows with the number of items. `seconds`: what the
+# effects cost. `needed`: items for the wanted reliability, by Spearman and Brown's formula. Reliability without
+# bias (p) is a warning: a head that makes all texts vary more raises the noise everywhere.
+
 
 # %%
-sampling = {"max_new_tokens": max_new_tokens, "batch_rows": batch_rows, "batch_tokens": batch_tokens}
-single, n_heads, depth = heads.single_heads(net), net.anatomy.n_flat, net.anatomy.n_layers
-layers = np.unique(np.linspace(0, depth, 2 * (exact_layers or depth) + 1)[1::2].astype(int))
-exact_heads, weighs = heads.single_heads(net, layers.tolist()), cheap_fidelity == "importance"
+def without_heads(one, x: str) -> pd.DataFrame:  # to first order
+    begin = time.time()
+    frame = one.first_order(net).frame()
+    return frame.assign(measure=x, seconds=time.time() - begin)
 
 
-def asked(split, n, seeds, **options):
-    table = sentences[f"prompts, {split}"]
-    table = prompts.sample(table, n or len(table), seed=0)
-    return toxicity.toxicity(table, readers[main], seeds=seeds, **sampling, **options)
+def first_order(measures: dict, name: str) -> tuple[dict, list]:  # readings by measure; seconds
+    frame = run.pieces(name, {x: partial(without_heads, one, x) for x, one in measures.items()})
+    parts = dict(list(frame.groupby("measure", sort=False)))
+    seconds = [part["seconds"].iloc[0] for part in parts.values()]
+    return {x: measures[x].readings(part.dropna(axis=1)) for x, part in parts.items()}, seconds
 
 
-def without_heads(one, names):  # readings without every head, of the same texts, by several judges
-    whole = one.read(net, [Pruning()])
-    frame = one.weighed(net, [Pruning(), *single], whole) if weighs else whole
-    by = {name: frame.assign(value=readers[name](frame["text"].tolist())) for name in names}
-    if weighs:
-        return {name: one.readings(part) for name, part in by.items()}
-    slopes = one.gradients(net, whole)
-    return {name: one.first_order(net, whole=part, gradients=slopes) for name, part in by.items()}
-
-
-def by_all_measures():
-    every = {**without_heads(many, judges), "likelihood": likelihood.first_order(net)}
-    return pd.concat([one.frame().assign(measure=name) for name, one in every.items()])
-
-
-def read_by(name, prunings, by):  # measure → readings under these prunings
-    frame = run.frame(name, lambda: judge.read(net, prunings, by)[["judged_by", "pruning", "item", "value"]])
-    return {x: by[x].readings(part) for x, part in frame.groupby("judged_by", sort=False)}
-
-
-many, few = asked("valid", cheap_prompts, trust_seeds), asked("valid", exact_prompts, trust_seeds)
-likelihood = choices.tone(many.items, frame=likelihood_frame)
-effects = run.frame("head_effects", by_all_measures).groupby("measure", sort=False)
-reads = {name: many.readings(frame.dropna(axis="columns", how="all")) for name, frame in effects}
-by = {"common": few, "independent": asked("valid", exact_prompts, trust_seeds, coupled=False)}
-written = read_by("written", [Pruning(), *exact_heads], by)
-
-
-def grown(name, one):
+def grown(name: str, one, counts: list) -> pd.DataFrame:
     rows = []
-    for n in sorted({min(n, len(one.items)) for n in [*trust_counts, len(one.items)]}):
-        kept = [one.items["item"].isin(prompts.sample(one.items, n, seed=i)["item"]) for i in range(10)]
-        halves = [reliability.Halves({"": one.where(keep.to_numpy())}) for keep in kept]
+    for n in counts:
+        kept = [
+            one.items["item"].isin(pairs.subset(one.items, n, seed=i)["item"]).to_numpy() for i in range(10)
+        ]
+        halves = [reliability.Halves({"": one.where(keep)}) for keep in kept]
         z = np.concatenate([x.z(10, np.random.default_rng(i))[:, 0] for i, x in enumerate(halves)])
-        rows.append({"scores": f"{name}, {z.shape[-1]} heads", "prompts": n, **reliability.stepped_up(z)})
+        rows.append({"measure": name, "items": n, **reliability.stepped_up(z)})
     return pd.DataFrame(rows)
 
 
-lines = [(main, reads[main]), ("likelihood", reads["likelihood"])]
-lines += [(main, reads[main][["", *map(str, exact_heads)]])]
-lines += [(f"rewritten, {noise} noise", one) for noise, one in written.items()]
-grows = run.frame("growth", lambda: pd.concat([grown(*line) for line in lines], ignore_index=True))
+reads, seconds = first_order(whole, "head_effects")
+table = [{"measure": x, **r.detect(cluster="cluster"), **reliability.split_half(r)} for x, r in reads.items()]
+table = pd.DataFrame(table).assign(seconds=seconds)
+odds = table["r"] / (1 - table["r"]) * (1 - wanted_reliability) / wanted_reliability
+table["needed"] = np.ceil(table["n"] / odds).where(odds > 0)
+by_measure = run.frame("measures", lambda: table).set_index("measure")
+counts = {x: [n for n in trust_counts if n < len(r.items)] + [len(r.items)] for x, r in reads.items()}
+grows = run.frame("growth", lambda: pd.concat([grown(x, r, counts[x]) for x, r in reads.items()]))
 style = {"low": "low", "high": "high", "logx": True, "reference": wanted_reliability, "ylabel": "reliability"}
-run.figure(figures.lines(grows, "prompts", "r", "scores", **style, xlabel="prompts"), "growth")
-common, independent = ((x[:, :1] - x[:, 1:]).var(0, ddof=1) for x in [r.draws() for r in written.values()])
-drawn = np.random.default_rng(0).integers(len(common), size=(1000, len(common)))
-low, high = np.quantile(np.sqrt(independent[drawn].mean(1) / common[drawn].mean(1)), [0.025, 0.975])
-noise = {"ratio": np.sqrt(independent.mean() / common.mean()), "low": low, "high": high}
-run.frame(
-    "noise", lambda: pd.DataFrame([{"heads": len(common), "prompts": len(few.items), **noise}])
-).style.set_caption("Standard error of z_bias, independent noise ÷ common random numbers (95 % over heads)")
+run.figure(figures.lines(grows, "items", "r", "measure", **style, xlabel="items"), "growth")
+by_measure.style.format(precision=3, na_rep="–")
 
 # %% [markdown]
-# ## 3 Other measures: the same heads?
-# The same texts read by other judges, and `likelihood`: how likely unkind words are right after the prompt,
-# against kind ones. A measure is read where there is bias in the unpruned model (p) and its effects agree
-# with themselves (r). `needed`: prompts for the wanted reliability, by Spearman and Brown's formula. Measures
-# of the same texts share noise, so one in one half of the prompts is held against the other in the other
-# half. `overlap`: share of one's top fifth of heads in the other's; `overlap_itself`: the ceiling.
+# Sampled texts can share their noise between heads (common random numbers) or not, as in the paper's loop:
 
 # %%
-rows = [{"measure": name, **one.detect(), **reliability.split_half(one)} for name, one in reads.items()]
-by_measure = pd.DataFrame(rows).set_index("measure")
-readable = (by_measure["p"] < p_bias) & (by_measure["low"] > 0)
-odds = by_measure["r"] / (1 - by_measure["r"]) * (1 - wanted_reliability) / wanted_reliability
-by_measure["needed"] = np.ceil(by_measure["n"] / odds).where(readable)
-run.frame("reads", by_measure.reset_index)
-display(by_measure.style.format(precision=3, na_rep="–"))
-usable, n_top = {name: reads[name] for name in by_measure.index[readable]}, max(1, n_heads // 5)
+noise = pd.DataFrame()
+if noise_axis:
+    count = np.linspace(0, net.anatomy.n_layers - 1, noise_layers).round().astype(int)
+    some = [Pruning(), *heads.single_heads(net, sorted(set(count)))]
+    asked = partial(named.measure, f"texts: {noise_axis}", "valid", noise_prompts)
+    by = {kind: asked(texts=texts | {"coupled": kind == "common"}) for kind in ("common", "independent")}
+    written = run.frame("noise_texts", lambda: judge.read(net, some, by).drop(columns=["text", "tokens"]))
+    draws = [by[kind].readings(part).draws() for kind, part in written.groupby("judged_by", sort=False)]
+    common, independent = ((x[:, :1] - x[:, 1:]).var(0, ddof=1) for x in draws)
+    drawn = np.random.default_rng(0).integers(len(common), size=(1000, len(common)))
+    low, high = np.quantile(np.sqrt(independent[drawn].mean(1) / common[drawn].mean(1)), [0.025, 0.975])
+    noise = {"ratio": np.sqrt(independent.mean() / common.mean()), "low": low, "high": high}
+    noise = pd.DataFrame([{"heads": len(common), "prompts": len(by["common"].items), **noise}])
+noise = run.frame("noise", lambda: noise)
+caption = "Standard error of z_bias, independent noise ÷ common random numbers (95 % over heads)"
+noise.style.hide(axis="index").format(precision=2).set_caption(caption)
+
+# %% [markdown]
+# ## 3 Other measures of the same bias: the same heads?
+# One measure in one half of the clusters against the other in the other half. `overlap`: share of one's top
+# fifth of heads in the other's; `overlap_itself`: the ceiling.
+
+# %%
+same, _ = first_order(alike, "same_bias")
+table = [{"measure": x, **r.detect(cluster="cluster"), **reliability.split_half(r)} for x, r in same.items()]
+same_table = run.frame("same_measures", lambda: pd.DataFrame(table))
+usable = {r.measure: same[r.measure] for r in same_table.itertuples() if r.p < p_bias and r.low > 0}
+n_top = max(1, n_heads // 5)
 
 
 def top_shares(z):  # (splits, measures, 2, heads) → (measures, measures)
@@ -217,47 +223,52 @@ def top_shares(z):  # (splits, measures, 2, heads) → (measures, measures)
     return (shares + shares.T) / 2
 
 
-def compared():
+def compared() -> pd.DataFrame:
     table, (shares, reach) = reliability.correlations(usable), reliability.across_halves(usable, top_shares)
     i, j = (pd.Index(list(usable)).get_indexer(table[side]) for side in "ab")
     table["overlap"], table["overlap_itself"] = shares[i, j], (shares[i, i] + shares[j, j]) / 2
-    table["overlap_low"] = (shares - reach)[i, j].clip(0)
-    table["overlap_high"] = (shares + reach)[i, j].clip(max=1)
+    table["overlap_low"], table["overlap_high"] = (
+        (shares - reach)[i, j].clip(0),
+        (shares + reach)[i, j].clip(max=1),
+    )
     table["p_holm"] = multipletests(table["p"], method="holm")[1]
     return table.assign(chance=n_top / n_heads, positive=table["p_holm"].lt(0.05) & table["low"].gt(0))
 
 
 columns = ["a", "b", "disattenuated", "low", "high", "positive", "overlap", "overlap_itself"]
-same = run.frame("measures", compared) if len(usable) > 1 else pd.DataFrame(columns=columns, dtype=float)
-same.style.hide(axis="index").format(precision=2).set_caption("" if len(same) else "No two can be read.")
+agree = run.frame("agreement", compared) if len(usable) > 1 else pd.DataFrame(columns=columns, dtype=float)
+display(same_table.style.hide(axis="index").format(precision=3))
+agree.style.hide(axis="index").format(precision=2).set_caption("" if len(agree) else "No two can be read.")
 
 # %% [markdown]
 # ## 4 Several heads at once: the sum of their effects?
-# Pairs of the heads with the highest z_bias, and growing sets, removed together. `slope`: joint effect per
-# sum of single effects (1: they add up), sums in one half of the prompts against joint effects in the other:
-# on the same prompts a sum holds the unpruned model's noise once per head, which alone puts points of the
-# figure below the diagonal. `effect`: of the largest set; without one there is nothing to add up.
+# Pairs of the heads with the highest z_bias, and growing sets, removed together. `slope`: joint effect per sum
+# of single effects (1: they add up), sums in one half of the clusters against joint effects in the other: in
+# the same items a sum holds the unpruned model's noise once per head.
 
 # %%
-prose_of = partial(prose.prose, net, length=window or None, batch_tokens=batch_tokens)
-text = prose_of(texts["prose, valid"], max_tokens=score_tokens or None)
-ppl = text.readings(text.read(net, [Pruning(), *single])) if weighs else text.first_order(net)
-scores = run.frame("head_scores", lambda: heads.head_scores(net, reads[main], ppl))
-order = scores.sort_values("z_bias", ascending=False, kind="stable")["flat"].tolist()
+cut = partial(prose.prose, net, length=window or None, batch_tokens=batch_tokens)
+cut_valid = cut(corpora["valid prose"], max_tokens=harm_tokens or None).cut
+harm = weights.part_snip(net, weights.prose(cut_valid), "heads").ravel()
+harm = run.frame("harm", lambda: pd.DataFrame({"harm": harm}))["harm"].to_numpy()
+free = np.argsort(harm, kind="stable")[: n_heads - int(gamma * n_heads)]
+start_bias, z_main = (single_effects := valid.first_order(net)).bias()[0], single_effects.z()
+order = [h for h in np.argsort(-z_main, kind="stable").tolist() if h in set(free)]
 sets = [*combinations(order[:joint_heads], 2), *(order[:n] for n in joint_sizes if n > 2)]
 sets = {str(parts.of_parts("heads", group)): list(map(str, group)) for group in sets}
 alone = sorted({head for group in sets.values() for head in group}, key=int)
-by = {f"{main}, texts": asked("valid", joint_prompts, joint_seeds), "likelihood": likelihood}
-together = read_by("joint", [Pruning.parse(x) for x in ("", *alone, *sets)], by)
-bias = {name: one.estimates() for name, one in together.items()}
-z = {name: {x: e[""] - left for x, left in e.items()} for name, e in bias.items()}
+removed = [Pruning.parse(x) for x in ("", *alone, *sets)]
+joint = run.frame("joint", lambda: valid.read(net, removed)[["pruning", "item", "value"]])
+joint = valid.readings(joint)
+bias = {x: e.map(np.abs) for x, e in joint.estimates().items()}
 members = np.array([[head in group for head in alone] for group in sets.values()], dtype=float)
 
 
-def added(name, group):
-    joint, summed = z[name][group], mean(z[name][head] for head in sets[group]) * len(sets[group])
-    row = {"measure": name, "heads": group, "size": len(sets[group]), "predicted": summed.point}
-    return {**row, "joint": joint.point, **(joint - summed).row("excess")}
+def added(group: str) -> dict:
+    together, summed = bias[""] - bias[group], mean(bias[""] - bias[head] for head in sets[group])
+    summed = summed * len(sets[group])
+    row = {"heads": group, "size": len(sets[group]), "predicted": summed.point, "joint": together.point}
+    return {**row, **(together - summed).row("excess")}
 
 
 def slope(halves):  # (splits, 1, 2, single heads and sets)
@@ -266,113 +277,186 @@ def slope(halves):  # (splits, 1, 2, single heads and sets)
     return (joint * summed[:, ::-1]).mean() / across if across > 0 else np.nan
 
 
-def slope_of(name):
-    ratio, reach = map(float, reliability.across_halves({"": together[name]}, slope))
-    effect = z[name][max(sets, key=lambda x: len(sets[x]))].row("effect")
-    ends = {"slope": ratio, "low": ratio - reach, "high": ratio + reach}
-    return {"measure": name, **ends, **effect, **together[name].detect()}
-
-
-both = run.frame("joint_sets", lambda: pd.DataFrame([added(name, group) for name in by for group in sets]))
-style = {"panel": "measure", "identity": True, "xlabel": "sum of single effects", "ylabel": "joint effect"}
+both = run.frame("joint_sets", lambda: pd.DataFrame(map(added, sets)))
+style = {"identity": True, "xlabel": "sum of single effects", "ylabel": "joint effect"}
 run.figure(figures.scatter(both, "predicted", "joint", **style), "additivity")
-adds = run.frame("joint_slopes", lambda: pd.DataFrame(map(slope_of, by)))
+ratio, reach = map(float, reliability.across_halves({"": joint}, slope))
+biggest = (bias[""] - bias[max(sets, key=lambda x: len(sets[x]))]).row("effect")
+adds = {"measure": main, "slope": ratio, "low": ratio - reach, "high": ratio + reach, **biggest}
+adds = run.frame("joint_slope", lambda: pd.DataFrame([adds]))
 adds.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
-# ## 5 One shot, or all heads scored anew after each removal?
-# FASP picks all heads by their single effects. Greedy removes the head with the highest z_bias, scores all
-# again, and so on, the same heads protected. Both are judged on test prompts, in % of the unpruned bias.
+# ## 5 One shot, one after the other, or a search?
+# FASP picks all heads by their single effects. *Greedy* removes the head with the highest z_bias, scores all
+# again, and so on. *Annealing* searches sets of the same size by removing them, a head swapped at a time, and
+# takes worse sets with falling probability (as in *Attention Pruning*, arXiv 2503.15815). All pick on
+# validation items among the heads that FASP doesn't protect, and are judged on test items.
+
 
 # %%
-protected = scores.sort_values(["ppl_without", "flat"])["flat"].tolist()[n_heads - int(gamma * n_heads) :]
-
-
-def greedily():
-    chosen, steps = [], []
-    for step in range(greedy_heads):
+def greedily() -> pd.DataFrame:
+    chosen = []
+    for _ in range(greedy_heads):
         with masked(net, parts.of_parts("heads", chosen)):
-            effect = without_heads(asked("valid", greedy_prompts, trust_seeds), [main])[main].z()
-        effect[[*protected, *chosen]] = -np.inf  # these can't be picked
-        steps.append(pd.DataFrame({"step": step, "flat": range(n_heads), "z_bias": effect}))
-        chosen.append(int(effect.argmax()))
-    return pd.concat(steps, ignore_index=True)
+            left = np.abs(valid.first_order(net).bias())[1:]
+        left[np.setdiff1d(range(n_heads), np.setdiff1d(free, chosen))] = np.inf
+        chosen.append(int(left.argmin()))
+    return pd.DataFrame({"flat": chosen})
 
 
-steps = run.frame("greedy", greedily)
-first = steps[steps["step"] == 0].sort_values("z_bias", ascending=False, kind="stable")["flat"]
-picked = steps.loc[steps.groupby("step")["z_bias"].idxmax(), "flat"]
-ways = {"one shot": parts.of_parts("heads", first[:greedy_heads]), "greedy": parts.of_parts("heads", picked)}
-by = {main: asked("test", n_test, trust_test_seeds)}
-by["perplexity"] = prose_of(texts["prose, test"], max_tokens=test_tokens or None)
-tested = read_by("test", [Pruning(), *ways.values()], by)
-there, left = tested[main].detect(), {m: one.estimates() for m, one in tested.items()}
-share = {(way, m): left[m][str(one)] / left[m][""] for way, one in ways.items() for m in by}
-ppl = {way: share[way, "perplexity"].point for way in ways}
-change = {way: (share[way, main] - 1.0) * 100 for way in ways}
-gain = (change["greedy"] - change["one shot"]).row("gain")
-contest = [{"method": x, "heads": str(ways[x]), **change[x].row("change"), "ppl_ratio": ppl[x]} for x in ways]
-contest = run.frame("one_shot_or_greedy", lambda: pd.DataFrame(contest)).style.hide(axis="index")
-contest.format(precision=2).set_caption(f"Unpruned bias {there['bias']:.3f} (p = {there['p']:.3f})")
+def bias_left(chosen: set) -> float:
+    one = valid.read(net, [parts.of_parts("heads", sorted(chosen))])
+    return float(np.abs(valid.readings(one).bias()[0]))
+
+
+def swapped(chosen: set) -> set:  # one head of the set for another that may be picked
+    return {*rng.permutation(sorted(chosen))[1:].tolist(), int(rng.choice(np.setdiff1d(free, list(chosen))))}
+
+
+def annealed() -> pd.DataFrame:
+    now, steps = set(rng.choice(free, greedy_heads, replace=False).tolist()), []
+    left = bias_left(now)
+    for heat in 0.1 * abs(start_bias) * np.linspace(1, 0, annealing_steps, endpoint=False):
+        other = swapped(now)
+        if (new := bias_left(other)) < left or rng.random() < np.exp((left - new) / heat):
+            now, left = other, new
+        steps.append({"heads": " ".join(map(str, sorted(now))), "bias": left})
+    return pd.DataFrame(steps)
+
+
+rng = np.random.default_rng(0)
+picked = run.frame("greedy", greedily)["flat"]
+steps = run.frame("annealing", annealed)
+ways = {"one shot": parts.of_parts("heads", order[:greedy_heads]), "greedy": parts.of_parts("heads", picked)}
+ways["annealing"] = Pruning.parse(steps.loc[steps["bias"].idxmin(), "heads"])
+by = {x: test[x] for x in same_bias} | {
+    "perplexity": cut(corpora["test prose"], max_tokens=test_tokens or None)
+}
+tested = run.frame(
+    "test",
+    lambda: judge.read(net, [Pruning(), *ways.values()], by)[["judged_by", "pruning", "item", "value"]],
+)
+tested = {x: by[x].readings(part) for x, part in tested.groupby("judged_by", sort=False)}
+there, left = tested[main].detect(cluster="cluster"), {x: r.estimates() for x, r in tested.items()}
+share = {(w, x): left[x][str(p)].map(np.abs) / left[x][""].map(np.abs) for w, p in ways.items() for x in by}
+ppl = {w: share[w, "perplexity"].point for w in ways}
+change = {(w, x): (share[w, x] - 1.0) * 100 for w, x in share if x != "perplexity"}
+contest = [
+    {"method": w, "judged_by": x, **c.row("change"), "ppl_ratio": ppl[w]} for (w, x), c in change.items()
+]
+contest = run.frame("one_shot_or_search", lambda: pd.DataFrame(contest))
+gain = (change["greedy", main] - change["one shot", main]).row("gain")
+caption = f"Change of bias on test items, %; unpruned bias {there['bias']:.3f} (p = {there['p']:.3f})"
+contest.style.hide(axis="index").format(precision=2).set_caption(caption)
 
 # %% [markdown]
-# ## 6 Verdict, and what follows for users
-# Before you trust your own scores: look at their reliability and at the prompts `needed`; use a second
-# measure; distrust a correlation without its ceiling, a bias without its floor, a selection judged on the
-# prompts that it was made with, and a sum of single effects.
+# ## 6 Does it matter how a head is removed?
+# FASP zeroes what a head puts out. Others replace it by its mean over prose, or make its attention uniform.
+# Every head is removed in each way; `r`: Spearman correlation of z_bias with zeroing; `overlap`: share of the
+# heads that FASP picks which it would also pick by zeroing.
 
 
 # %%
-def conclude(claim, case, ends, good, bad, why, biased=True):
-    word = verdict(biased=bool(biased), reproduced=bool(good), refuted=bool(bad))
-    rows.append([claim, case, *ends, word, why])
+def by_ablation(how: str) -> pd.DataFrame:
+    other = ablating(net, how, cut_valid.ids[: len(cut_valid.ids) - 1])
+    frame = valid.read(other, [Pruning(), *single], progress=how)
+    return frame[["pruning", "item", "value"]].assign(ablation=how)
 
 
-rows, first, (least, most) = [], by_measure.loc[main], additive
-enough = first["low"] >= wanted_reliability, first["high"] < wanted_reliability
-why = f"{first['n']:.0f} prompts, wanted {wanted_reliability:g}"
-conclude("F6", main, first[["r", "low", "high"]], *enough, why, first["p"] < p_bias)
-pairs = same[(same["a"] == main) | (same["b"] == main)]
-n, others = int(pairs["positive"].sum()), len(reads) - 1
-ends = pairs["disattenuated"].mean(), pairs["low"].min(), pairs["high"].max()
-enough = n == others, len(pairs) > 0 and pairs["high"].lt(weak).all()
-why = f"{n} of {others} measures positive, {len(pairs)} readable"
-conclude("F7", main, ends, *enough, why, by_measure["p"].lt(p_bias).sum() > 1)
-clear = adds[(adds["p"] < p_bias) & (adds["effect_low"] > 0)]
-ends = clear["slope"].mean(), clear["low"].min(), clear["high"].max()
-good, bad = (clear["low"].gt(least) & clear["high"].lt(most), clear["low"].gt(most) | clear["high"].lt(least))
-why = f"by {', '.join(clear['measure']) or 'none'}; adds up within {additive}"
-conclude("F8", "", ends, good.all(), bad.any(), why, len(clear))
+kinds, picks = pd.DataFrame(columns=["ablation", "r", "overlap", "chance"], dtype=float), {}
+if ablations:
+    frame = run.pieces("ablations", {how: partial(by_ablation, how) for how in ("zero", *ablations)})
+    of = {how: np.abs(valid.readings(part).bias())[1:] for how, part in frame.groupby("ablation", sort=False)}
+    picks = {how: set(select.fasp(left, harm, gamma=gamma, alpha=0.1)) for how, left in of.items()}
+    rows = [{"ablation": how, "r": float(reliability.correlation(of[how], of["zero"]))} for how in ablations]
+    kinds = pd.DataFrame(rows).assign(chance=len(picks["zero"]) / len(free))
+    kinds["overlap"] = [len(picks[how] & picks["zero"]) / len(picks["zero"]) for how in ablations]
+kinds = run.frame("ablation", lambda: kinds)
+kinds.style.hide(axis="index").format(precision=2)
+
+# %% [markdown]
+# ## 7 Verdict, and what follows for users
+# Before you trust your own scores: look at their reliability and at the items `needed`; use a second measure;
+# distrust a correlation without its ceiling, a bias without its floor, a selection judged on the items that it
+# was made with, and a sum of single effects.
+
+
+# %%
+def conclude(claim: str, case: str, ends, good, bad, why: str, biased=True) -> None:
+    rows.append(
+        [claim, case, *ends, verdict(reproduced=bool(good), refuted=bool(bad), biased=bool(biased)), why]
+    )
+
+
+rows, (least, most) = [], additive
+for x, r in by_measure.iterrows():
+    good, bad = (
+        r["low"] >= wanted_reliability - 0.1 and r["r"] >= wanted_reliability,
+        r["high"] < wanted_reliability,
+    )
+    why = f"{r['n']:.0f} items, {r['seconds']:.0f} s; bias p = {r['p']:.3f}; wanted {wanted_reliability:g}"
+    conclude("F6", x, r[["r", "low", "high"]], good, bad, why, r["p"] < p_bias)
+mine = agree[(agree["a"] == main) | (agree["b"] == main)]
+ends = mine["disattenuated"].mean(), mine["low"].min(), mine["high"].max()
+why = f"{mine['positive'].sum():.0f} of {len(same_bias) - 1} measures positive, {len(mine)} readable"
+good, bad = 0 < mine["positive"].sum() == len(same_bias) - 1, len(mine) and mine["high"].lt(weak).all()
+conclude("F7", main, ends, good, bad, why, same_table["p"].lt(p_bias).sum() > 1)
+a = adds.iloc[0]
+why = f"{len(sets)} sets of 2 to {max(map(len, sets.values()))} heads; adds up within {additive}"
+good, bad = a["low"] > least and a["high"] < most, a["low"] > most or a["high"] < least
+conclude("F8", main, a[["slope", "low", "high"]], good, bad, why, a["effect_low"] > 0)
 why = f"{greedy_heads} heads; perplexity × {ppl['greedy']:.2f} and × {ppl['one shot']:.2f}"
-conclude("R3", "", gain.values(), gain["gain_high"] < 0, gain["gain_low"] > 0, why, there["p"] < p_bias)
-conclude("R4", "", noise.values(), low > 1, high < 1, f"{len(common)} heads, {len(few.items)} prompts")
+conclude("R3", main, gain.values(), gain["gain_high"] < 0, gain["gain_low"] >= 0, why, there["p"] < p_bias)
+if len(noise):
+    r = noise.iloc[0]
+    why = f"{r['heads']:.0f} heads, {r['prompts']:.0f} prompts"
+    conclude("R4", "", r[["ratio", "low", "high"]], r["low"] > 1, r["high"] < 1, why)
+for r in kinds.itertuples():
+    why = f"Spearman with zeroing {r.r:.2f}; chance overlap {r.chance:.2f}"
+    conclude("R5", r.ablation, [r.overlap, np.nan, np.nan], r.overlap < 0.5, r.overlap >= 0.8, why)
 if known:
-    agree, floors, curse, regimes = authors.values()
-    enough = agree["mean_low"].gt(wanted_reliability).all(), agree["mean_high"].lt(wanted_reliability).all()
-    why = f"reliability of the mean of seeds {agree['mean_r'].min():.2f} to {agree['mean_r'].max():.2f}"
-    conclude("F4", "", agree["r"].agg(["mean", "min", "max"]), *enough, why)
-    test = curse[curse["split"] == "test"]
-    why = ", ".join(f"{t.model} {t.left:.2f}" for t in test.itertuples())
-    ends = test["left"].mean(), test["low"].min(), test["high"].max()
-    conclude("F5", "", ends, test["low"].gt(kept_share).all(), test["high"].lt(kept_share).all(), why)
+    seeds, floors, curse, regimes = authors.values()
+    good, bad = (
+        seeds["mean_low"].gt(wanted_reliability).all(),
+        seeds["mean_high"].lt(wanted_reliability).all(),
+    )
+    why = f"reliability of the mean of seeds {seeds['mean_r'].min():.2f} to {seeds['mean_r'].max():.2f}"
+    conclude("F4", "", seeds["r"].agg(["mean", "min", "max"]), good, bad, why)
+    for t in curse[curse["split"] == "test"].itertuples():
+        why = f"{t.heads} heads scored on test prompts"
+        conclude("F5", t.model, [t.left, t.low, t.high], t.low > kept_share, t.high < kept_share, why)
     neo = regimes.set_index("model").loc["EleutherAI/gpt-neo-1.3B"]
     two, why = neo["explained"] > 0.95 and neo["r_bias"] < -0.9, f"explained {neo['explained']:.3f}"
     conclude("R1", "", [neo["r_bias"], np.nan, np.nan], two, not two, why)
     for t in floors[floors["axis"] == "religion"].itertuples():
-        ends, above = [t.bias, t.floor, t.floor_95], t.bias > t.floor_95
-        conclude("R2", t.model, ends, not above, above, f"{t.prompts} prompts")
+        above = t.bias > t.floor_95
+        conclude("R2", t.model, [t.bias, t.floor, t.floor_95], not above, above, f"{t.prompts} prompts")
 verdicts = pd.DataFrame(rows, columns=["id", "case", "ours", "low", "high", "verdict", "why"])
 verdicts = verdicts.join(claims.known().set_index("id")[["claim", "what"]], on="id")
-texts = [f"{r.claim}: **{r.verdict}** ({r.why})." for r in verdicts.itertuples()]
-sentence = f"{model}, {axis}. {' '.join(texts)}"
+texts = [
+    f"{r.claim}{f' ({r.case})' * bool(r.case)}: **{r.verdict}** ({r.why})." for r in verdicts.itertuples()
+]
+sentence = f"{model}. {' '.join(texts)}"
 if model == "planted":
     place = pd.read_json(net.folder / "truth.json", typ="series")
-    assert order[0] == place["layer"] * net.anatomy.n_heads + place["head"], "the planted head isn't first"
+    assert z_main.argmax() == place["layer"] * net.anatomy.n_heads + place["head"], (
+        "the planted head isn't first"
+    )
 display(verdicts.drop(columns="what").style.hide(axis="index").format(precision=2, na_rep="–"))
-tables = {"published_seeds": "Agreement of seeds", "published_floor": "Published bias and its floor"}
-tables |= {"published_curse": "Selections on test prompts", "published_regimes": "Two kinds of runs"}
-tables |= {"noise": "Independent noise ÷ common", "measures": "Do measures find the same heads?"}
-tables |= {"reads": "Bias and reliability by measure", "joint_slopes": "Joint effect ÷ sum of single effects"}
-tables |= {"one_shot_or_greedy": "One shot or greedy, on test prompts: change of bias in %"}
-plots = {"growth": "Reliability against prompts", "additivity": "Joint effects against sums of single ones"}
-run.finish(sentence, verdicts=verdicts, about=f"{axis}; {', '.join(reads)}", tables=tables, figures=plots)
+tables = {
+    "measures": "Bias and reliability of head effects by measure",
+    "agreement": "Do measures find the same heads?",
+}
+tables |= {
+    "joint_slope": "Joint effect ÷ sum of single effects",
+    "one_shot_or_search": "Picked in three ways",
+}
+tables |= {
+    "ablation": "Other kinds of removal against zeroing",
+    "noise": "Independent noise ÷ common random numbers",
+}
+tables |= {"published_seeds": "Agreement of seeds", "published_curse": "Selections on test prompts"}
+tables |= {"published_floor": "Published bias and its floor", "published_regimes": "Two kinds of runs"}
+plots = {"growth": "Reliability against items", "additivity": "Joint effects against sums of single ones"}
+run.finish(sentence, verdicts=verdicts, about=main, tables=tables, figures=plots)

@@ -1,31 +1,49 @@
-"""Measures by name, as notebooks' parameters give them; sampled texts, which need a judge, are in ``toxicity``."""
+"""Measures by name, as notebooks' parameters give them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
 from biasprune.core.data import half, read_csv
-from biasprune.measures import pairs
-from biasprune.measures.base import TextMeasure
-from biasprune.measures.choices import choices, pronouns, share_slope
+from biasprune.measures import judges, pairs, prompts
+from biasprune.measures.base import Measure
+from biasprune.measures.choices import choices, pronouns, share_slope, tone
+from biasprune.measures.toxicity import items, toxicity
 
-KINDS = ("pronouns", "stereoset", "crows-pairs")
+KINDS = ("pronouns", "stereoset", "crows-pairs", "meaning", "texts", "tone")
 
 
-def measure(spec: str, side: str = "all", n: int = 0) -> TextMeasure:
+def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any] | None = None) -> Measure:
     """A measure by text, "KIND: AXIS", on the clusters of one side ("valid", "test", "all"), at most n items (0: all).
 
-    "pronouns: speech" (a context, or all), "stereoset: race" (an axis, or all), "crows-pairs: all", "FILE.csv: AXIS"; a
-    file has the columns more and less (``pairs``), or item, cluster, share, text, a and b (``choices``).
+    "pronouns: speech" (a context, or all), "stereoset: race" (an axis, or all), "crows-pairs: all", "meaning: all"
+    (StereoSet's language-modelling score), "FILE.csv: AXIS" with more and less (``pairs``), or item, cluster, share,
+    text, a and b (``choices``). After prompts about groups "texts: race_ethnicity" (sampled texts; "texts by sentiment:
+    …" for another judge) and "tone: race_ethnicity" (next words): with ``texts``, which has the source of the prompts,
+    frame (for tone), and arguments of ``toxicity``.
     """
     kind, axis = map(str.strip, spec.rsplit(":", 1)) if ":" in spec else (spec, "all")
+    if kind.partition(" by ")[0] not in KINDS and not kind.endswith(".csv"):
+        raise ValueError(f"measure {spec!r}: give {', '.join(KINDS)} or a CSV file, and its axis after a colon.")
     if kind == "pronouns":
         return pronouns(axis, {"valid": "select", "test": "judge", "all": ""}[side])
-    if kind not in KINDS and not kind.endswith(".csv"):
-        raise ValueError(f"measure {spec!r}: give {', '.join(KINDS)} or a CSV file, and its axis after a colon.")
+    if kind.startswith(("texts", "tone")):
+        how = dict(texts or {})
+        table, frame = prompts.load(axis, side, how.pop("source")), how.pop("frame", "")
+        table = prompts.sample(table, n or len(table), seed=0)
+        if kind == "tone":
+            return tone(items(table), frame=frame)
+        if by := kind.partition(" by ")[2]:
+            how["judge"] = judges.load(by)
+        return toxicity(table, **how)
     table = read_csv(kind) if kind.endswith(".csv") else pd.DataFrame()
-    make = pairs.pairs if "a" not in table else partial(choices, bias=share_slope)
-    table = pairs.sentences(kind, axis) if "a" not in table else table.assign(share=table["share"].astype(float))
-    return make(spec, pairs.subset(table[table["cluster"].map(half).eq(side) | (side == "all")], n))
+    make = pairs.meaning if kind == "meaning" else partial(pairs.pairs, spec)
+    if "a" in table:
+        table, make = table.assign(share=table["share"].astype(float)), partial(choices, spec, bias=share_slope)
+    else:
+        table = pairs.sentences("stereoset" if kind == "meaning" else kind, axis)
+    return make(pairs.subset(table[table["cluster"].map(half).eq(side) | (side == "all")], n))

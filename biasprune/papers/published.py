@@ -7,6 +7,7 @@ sha256. None of these files is part of this project.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from itertools import combinations
@@ -26,6 +27,7 @@ FILES = {  # model → sha256 of its file
     "gpt2": "62fd80dd28ed684824709d7192c3bc075fe7467151be39de39e03c15a4ace045",
     "meta-llama/Llama-2-7b-chat-hf": "b85259429b102ffd41f74221214a91fe8ee0f0275472c2b92513afc286341ca5",
 }
+_MEANS = "a011b1c8a5ccd2da7880adfa5e29d6ce6ab1a84aec251b9843b806c724b1a964"  # of head_contributions.json
 _COLUMNS = {"Group": "axis", "Split": "split", "Seed": "seed", "Head id": "head", "Bias": "bias"}
 _COLUMNS |= {"PPL": "ppl", "Average toxicity": "toxicity", "% of toxic output": "toxic_percent"}
 _GENDER = "gender_and_sex"
@@ -54,6 +56,83 @@ def scores(source: str = "") -> dict[str, pd.DataFrame]:
             table = pd.read_csv(path)[list(_COLUMNS)].rename(columns=_COLUMNS)
             tables[model] = table.assign(head=table["head"] - 1)
     return tables
+
+
+def means(source: str = "") -> dict[str, pd.DataFrame]:
+    """Published means over seeds of models that have all axes: model → table as of ``scores``, with seed 0."""
+    where, tables = Path(source) if source else _folder("fasp-published"), {}
+    if not (path := where / "head_contributions.json").is_file():
+        return {}
+    if hashlib.sha256(path.read_bytes()).hexdigest() != _MEANS:
+        raise data.FetchError(f"{path} isn't the paper's file, its sha256 differs: delete it.")
+    for model, lists in json.loads(path.read_text(encoding="utf-8")).items():
+        of_axis = {name[8:-5]: x for name, x in lists.items() if name[:8] == "cont_to_" and name[-5:] == "_bias"}
+        if len(of_axis) > 1:
+            rows = [pd.DataFrame({"axis": a, "bias": x, "ppl": lists["cont_to_ppl"]}) for a, x in of_axis.items()]
+            tables[model] = pd.concat([r.rename_axis("head").reset_index().assign(seed=0, split="valid") for r in rows])
+    return tables
+
+
+def _by_axis(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Axes but religion; bias without each head (axes, seeds, heads); perplexity (heads,)."""
+    rows = table[(table["split"] == "valid") & (table["axis"] != "religion")]
+    wide = rows.pivot_table(index=["axis", "seed"], columns="head", values="bias").dropna(axis=1)
+    names = wide.index.levels[0].tolist()
+    return (
+        names,
+        wide.to_numpy().reshape(len(names), -1, wide.shape[1]),
+        rows.groupby("head")["ppl"].mean()[wide.columns],
+    )
+
+
+def axes(table: pd.DataFrame, critical: float = 0.0) -> pd.DataFrame:
+    """Correlation of head effects between every two axes but religion, of one seed's with another's.
+
+    critical: The share of heads that matters most for perplexity is left out: few of them can carry a correlation.
+    Returns: a, b, heads, seeds; r, low, high (mean Pearson over pairs of seeds, 95 % bootstrap over heads; of the means
+        where seeds aren't published, which then share their prompts' noise); spearman; disattenuated (by how well each
+        axis agrees with itself across seeds).
+    """
+    names, z, ppl = _by_axis(table)
+    z = z[..., np.argsort(ppl, kind="stable")[: z.shape[2] - int(critical * z.shape[2])]]
+    (seeds, n), rng, rows = z.shape[1:], np.random.default_rng(0), []
+    one, other = np.nonzero(~np.eye(seeds, dtype=bool)) if seeds > 1 else ([0], [0])
+
+    def across(a: np.ndarray, b: np.ndarray, method: str = "pearson") -> float:
+        return float(np.mean(reliability.correlation(a[one], b[other], method)))
+
+    drawn = rng.integers(n, size=(500, n))
+    for (a, x), (b, y) in combinations(zip(names, z, strict=True), 2):
+        low, high = np.quantile([across(x[:, d], y[:, d]) for d in drawn], [0.025, 0.975])
+        itself = across(x, x) * across(y, y) if seeds > 1 else np.nan
+        row = {"a": a, "b": b, "heads": n, "seeds": seeds, "r": across(x, y), "low": low, "high": high}
+        row["disattenuated"] = row["r"] / np.sqrt(itself) if itself > 0 else np.nan
+        rows.append(row | {"spearman": across(x, y, "spearman")})
+    return pd.DataFrame(rows)
+
+
+def spill(table: pd.DataFrame) -> pd.DataFrame:
+    """What FASP's heads for gender (γ = .3, α = .2) do to the other axes, one at a time, in another seed than picked.
+
+    axis; lower: bias without a candidate − bias without a picked head, means; low, high (95 %, bootstrap over heads,
+    picked anew each time); own: the same for heads picked by that axis itself, which is the most there could be.
+    """
+    names, z, ppl = _by_axis(table)
+    seeds, rng = z.shape[1], np.random.default_rng(0)
+    pairs = [(s, t) for s in range(seeds) for t in range(seeds) if s != t or seeds == 1]
+
+    def lower(z: np.ndarray, ppl: np.ndarray, by: int, on: int) -> float:
+        free = np.argsort(ppl, kind="stable")[: len(ppl) - int(0.3 * len(ppl))]
+        picked = {s: select.fasp(z[by, s], ppl, gamma=0.3, alpha=0.2) for s in range(seeds)}
+        return float(np.mean([z[on, t, free].mean() - z[on, t, picked[s]].mean() for s, t in pairs]))
+
+    gender, ppl, rows = names.index(_GENDER), ppl.to_numpy(), []
+    drawn = rng.integers(z.shape[2], size=(300, z.shape[2]))
+    for k, name in enumerate(names):
+        ends = np.quantile([lower(z[..., d], ppl[d], gender, k) for d in drawn], [0.025, 0.975])
+        row = (name, lower(z, ppl, gender, k), *ends, lower(z, ppl, k, k))
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["axis", "lower", "low", "high", "own"])
 
 
 def _rows(table: pd.DataFrame, axis: str) -> pd.DataFrame:
