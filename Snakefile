@@ -23,8 +23,8 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from biasprune import workflow as runs
-from biasprune.core import run
+import notebook_runs as runs
+from biasprune.core import parameters
 
 OUT, THREADS = config.get("out", "reports"), config.get("threads", 1)
 try:
@@ -57,9 +57,10 @@ for (label, notebook), values in RUNS.items():
         threads: (workflow.resource_settings.cores or THREADS) if notebook in runs.BENCHMARKS else THREADS
         priority: int(notebook not in runs.BENCHMARKS)
         params:
-            notebook=always(run.notebooks_dir() / f"{notebook}.ipynb"),
+            runner=always(runs.__file__),
+            notebook=always(parameters.notebooks_dir() / f"{notebook}.ipynb"),
             folder=always(f"{OUT}/{label}/{notebook}"),
             values=always(json.dumps(values)),
         shell:
-            "rm -f {log:q}; BIASPRUNE_PROGRESS={log:q} exec {sys.executable:q} -m biasprune.workflow "
+            "rm -f {log:q}; BIASPRUNE_PROGRESS={log:q} exec {sys.executable:q} {params.runner:q} "
             "{params.notebook:q} {params.folder:q} {params.values:q} {output:q} >> {log:q} 2>&1"

@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -71,7 +75,8 @@ from IPython.display import Markdown, display
 from biasprune import figures
 from biasprune.core.data import data_dir
 from biasprune.core.model import has_bfloat16, weights_sha256
-from biasprune.core.run import VERDICT_COLUMNS, device_name, slug, start
+from biasprune.core.provenance import device_name
+from biasprune.core.run import VERDICT_COLUMNS, slug, start
 from biasprune.core.stats import verdict
 from biasprune.downstream import bias, classify, effects, texts
 from biasprune.downstream.effects import PLAIN

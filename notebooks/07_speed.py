@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -64,7 +68,8 @@ from biasprune.core import weights
 from biasprune.core.masks import Pruning, masked
 from biasprune.core.model import encode, load, number_format, weight_of
 from biasprune.core.perplexity import mean_nll
-from biasprune.core.run import measured, start
+from biasprune.core.provenance import measured
+from biasprune.core.run import start
 from biasprune.core.stats import Estimate, Readings, verdict
 from biasprune.measures import judges, prompts
 from biasprune.measures.prose import corpus, prose

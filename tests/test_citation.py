@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import biasprune
-from biasprune.core.run import ROOT
+from biasprune.core.parameters import ROOT
 
 # keys of the format's schema, as far as this file may use them
 TOP = {"cff-version", "title", "message", "type", "abstract", "authors", "license", "version", "date-released"}

@@ -7,7 +7,7 @@ import re
 import pytest
 import transformers
 
-from biasprune.core.run import ROOT
+from biasprune.core.parameters import ROOT
 
 TEXT = (ROOT / "docs" / "howtos.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biasprune.core import masks, model
-from biasprune.core.masks import Pruning, masked
+from biasprune.core.likelihood import mask_gradients
+from biasprune.core.masks import Pruning, ablating, export, masked, scaled
+from biasprune.core.model import weight_of
 
 IDS = torch.tensor([[2, 5, 7, 9, 11, 3], [4, 6, 8, 2, 10, 12], [3, 3, 5, 20, 30, 40]])
 
@@ -186,3 +190,98 @@ def test_cut_stays_through_training(arch_lm):
     a = arch_lm.anatomy
     columns = model.weight_of(arch_lm.model.get_submodule(a.out_projs[0]))[:, a.head_dim : 2 * a.head_dim]
     assert np.count_nonzero(columns.detach()) == 0
+
+
+# ---- other kinds of removal --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def hidden(lm) -> torch.Tensor:
+    return lm.model.base_model(IDS, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("what", [{"heads": {2, 5}}, {"units": {1, 60}}], ids=str)
+def test_mean_ablation_by_hand(arch_lm, what):
+    """Oracle: the projection's input is kept, averaged, and its removed columns are overwritten."""
+    a, inputs = arch_lm.anatomy, {}
+    modules, width = (a.out_projs, a.head_dim) if "heads" in what else (a.down_projs, 1)
+    n = a.n_heads if "heads" in what else a.n_units
+    keep = [
+        arch_lm.model.get_submodule(m).register_forward_pre_hook(lambda _, x, m=m: inputs.setdefault(m, x[0]))
+        for m in modules
+    ]
+    hidden(arch_lm)
+    for handle in keep:
+        handle.remove()
+    means = {m: inputs[m].flatten(0, -2).mean(0) for m in modules}
+    (parts,) = what.values()
+
+    def overwrite(module, args, layer):
+        x = args[0].clone()
+        for part in (p - layer * n for p in parts if p // n == layer):
+            x[..., part * width : (part + 1) * width] = means[modules[layer]][part * width : (part + 1) * width]
+        return (x,)
+
+    hooks = [
+        arch_lm.model.get_submodule(m).register_forward_pre_hook(partial(overwrite, layer=i))
+        for i, m in enumerate(modules)
+    ]
+    slow = hidden(arch_lm)
+    for handle in hooks:
+        handle.remove()
+    with masked(ablating(arch_lm, "mean", IDS), Pruning(**what)):
+        fast = hidden(arch_lm)
+    assert torch.allclose(fast, slow, atol=1e-4) and not torch.allclose(fast, hidden(arch_lm), atol=1e-3)
+
+
+def test_uniform_ablation_is_a_query_of_zeros(arch_lm):
+    """Oracle: the rows of the query projection that belong to the head are set to zero in the weights."""
+    a, head = arch_lm.anatomy, 5
+    layer, h = divmod(head, a.n_heads)
+    name = a.q_projs[layer]
+    module = arch_lm.model.get_submodule(name)
+    rows = torch.arange(h * a.head_dim, (h + 1) * a.head_dim)
+    if name.endswith("query_key_value"):
+        rows = rows + 2 * h * a.head_dim  # heads · (q, k, v)
+    with masked(ablating(arch_lm, "uniform", IDS), Pruning(heads={head})):
+        fast = hidden(arch_lm)
+    whole, before = hidden(arch_lm), {k: v.clone() for k, v in module.state_dict().items()}
+    with torch.no_grad():
+        weight_of(module)[rows] = 0
+        if module.bias is not None:
+            module.bias[rows] = 0
+    slow = hidden(arch_lm)
+    module.load_state_dict(before)
+    assert torch.allclose(fast, slow, atol=1e-5) and not torch.allclose(fast, whole, atol=1e-3)
+    assert torch.equal(hidden(arch_lm), whole), "the model is as it came"
+
+
+def test_slopes_of_mean_ablation_by_finite_differences(tiny):
+    other = ablating(tiny, "mean", IDS)
+    loss = lambda: hidden(tiny).square().sum((1, 2))  # noqa: E731
+    gradients = mask_gradients(
+        other,
+        [(torch.arange(3), IDS)],
+        lambda n, ids: tiny.model.base_model(ids, use_cache=False).last_hidden_state.square().sum((1, 2)),
+        3,
+    )
+    for head in (1, 6):
+        ends = []
+        for scale in (0.99, 1.01):
+            mask = torch.ones(1, tiny.anatomy.n_layers, tiny.anatomy.n_heads)
+            mask.view(-1)[head] = scale
+            with scaled(other, heads=mask):
+                ends.append(loss())
+        slope = (ends[1] - ends[0]) / 0.02
+        assert gradients.reshape(3, -1)[:, head] == pytest.approx(slope.numpy(), rel=0.05, abs=0.05)
+
+
+def test_other_ablations_refuse_what_they_cant_do(tiny, tmp_path):
+    with pytest.raises(ValueError, match="ablation 'nought' is unknown"):
+        ablating(tiny, "nought", IDS)
+    with pytest.raises(ValueError, match="removed by zeroing can be exported"):
+        export(ablating(tiny, "mean", IDS), Pruning(heads={1}), tmp_path / "x")
+    with pytest.raises(ValueError, match="uniform ablation has no first-order effects"):
+        mask_gradients(ablating(tiny, "uniform", IDS), [(torch.arange(3), IDS)], lambda n, ids: ids.sum(1), 3)
+    same = ablating(tiny, "zero", IDS)
+    assert not same.means and not same.uniform and not (tmp_path / "x").exists()

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from biasprune.core import model
-from biasprune.core.run import ROOT, parameters_of
+from biasprune.core.parameters import ROOT, parameters_of
 from biasprune.measures import prompts
 
 PARAMS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))

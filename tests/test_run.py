@@ -17,7 +17,7 @@ import pytest
 import toy
 from conftest import random_lm
 
-from biasprune.core import model, provenance, run
+from biasprune.core import model, parameters, provenance, run
 from biasprune.core.parameters import check_parameters, parameters_of
 
 TABLE = pd.DataFrame({"prompt": ["a", "b"]})
@@ -220,7 +220,7 @@ made.pieces("all", {"one": lambda: pd.DataFrame({"x": ["one"]}), "two": two, "th
 
 @pytest.mark.parametrize("moment", ["computing", "writing"])
 def test_a_killed_run_goes_on_with_the_missing_piece(tmp_path, moment, notebooks):
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "r"), moment], cwd=run.ROOT)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "r"), moment], cwd=parameters.ROOT)
     assert killed.returncode == -signal.SIGKILL and stored(tmp_path / "r")["status"] == "running"
     calls: list[str] = []
     jobs = {n: lambda n=n: calls.append(n) or pd.DataFrame({"x": [n]}) for n in ("one", "two", "three")}
@@ -259,7 +259,7 @@ time.sleep(60)
 def test_two_processes_never_write_into_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "LOCK_SECONDS", 0.1)
     command = [sys.executable, "-c", HOLDS, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=run.ROOT) as other:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=parameters.ROOT) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(RuntimeError, match="another process writes there. Wait for it, or choose another out"):
             run.Run(tmp_path, {})
@@ -293,7 +293,7 @@ def test_provenance_of_a_model(tmp_path):
     lm = model.load(tmp_path / "model", dtype="bfloat16", device="cpu")
     made = begun(tmp_path / "run", lm=lm, prompts=TABLE)
     facts = stored(tmp_path / "run")["provenance"]
-    assert facts["commit"] == run.commit() and "threads" in facts["device"]
+    assert facts["commit"] == provenance.commit() and "threads" in facts["device"]
     assert facts["model"]["revision"].startswith("sha256:") and facts["model"]["dtype"] == "bfloat16"
     assert facts["model"]["parameters"] == sum(p.numel() for p in source.model.parameters())
     table = made.inputs(lm=lm, prompts=TABLE)["value"]
@@ -307,19 +307,19 @@ def test_commit_says_whether_code_differs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert run.commit() == "unknown"
+    assert provenance.commit() == "unknown"
     run.write_text(tmp_path / "biasprune" / "a.py", "a = 1\n")
     git("init", "-q"), git("add", "."), git("commit", "-q", "-m", "first")
     run.write_text(tmp_path / "elsewhere.txt", "a note")
-    assert run.commit() == git("rev-parse", "HEAD")
+    assert provenance.commit() == git("rev-parse", "HEAD")
     run.write_text(tmp_path / "biasprune" / "a.py", "a = 2\n")
-    assert run.commit() == git("rev-parse", "HEAD") + "+changes"
+    assert provenance.commit() == git("rev-parse", "HEAD") + "+changes"
     monkeypatch.setenv("PATH", "")
-    assert run.commit() == "unknown"  # no git on this machine
+    assert provenance.commit() == "unknown"  # no git on this machine
 
 
 def test_measured_tells_the_peak_of_a_call():
-    result, seconds, peak = run.measured(lambda: len(np.ones(8 << 20)))
+    result, seconds, peak = provenance.measured(lambda: len(np.ones(8 << 20)))
     assert result == 8 << 20 and seconds > 0
     if Path("/proc/self/clear_refs").exists():
-        assert 60 < peak < 80 and run.measured(lambda: None)[2] < 2
+        assert 60 < peak < 80 and provenance.measured(lambda: None)[2] < 2

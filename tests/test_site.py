@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from bs4 import BeautifulSoup
 
-from biasprune.core.run import ROOT
+from biasprune.core.parameters import ROOT
 
 
 @pytest.fixture(scope="module")

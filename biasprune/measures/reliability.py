@@ -6,7 +6,7 @@ each agrees with a repetition of itself. Needs neither torch nor a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -43,8 +43,9 @@ class Halves:
         rank = np.argsort(order) - (np.cumsum(sizes) - sizes)[self.stratum]
         return rank + rng.integers(1000, size=len(sizes))[self.stratum]
 
-    def z(self, n_splits: int, rng: np.random.Generator, keep: np.ndarray | None = None) -> np.ndarray:
+    def z(self, n_splits: int, seed: Sequence[int] = (0,), keep: np.ndarray | None = None) -> np.ndarray:
         """(splits, measures, 2, prunings − 1); ``keep`` (clusters,) leaves some out."""
+        rng = np.random.default_rng(seed)
         keep = np.ones(len(self.stratum), dtype=bool) if keep is None else keep
         sides = np.stack([self.ranked(rng) % 2 for _ in range(n_splits)])
         out = []
@@ -65,11 +66,11 @@ def across_halves(
     The interval is over clusters: a jackknife over blocks of them, with Student's t (Tukey 1958).
     """
     halves = Halves(readings)
-    whole = np.asarray(statistic(halves.z(n_splits, np.random.default_rng(0))))
+    whole = np.asarray(statistic(halves.z(n_splits)))
     block = halves.ranked(np.random.default_rng([0, 1])) % n_blocks
     splits, left = -(-n_splits // 2), []
     for b in range(n_blocks):  # the same halvings each time
-        left.append(statistic(halves.z(splits, np.random.default_rng([0, 2]), block != b)))
+        left.append(statistic(halves.z(splits, (0, 2), block != b)))
     error = np.sqrt((n_blocks - 1) ** 2 / n_blocks * np.var(left, axis=0, ddof=1))
     return whole, stats.t.ppf(0.975, n_blocks - 1) * error
 
@@ -97,7 +98,7 @@ def split_half(
     readings: Readings, *, method: str = "spearman", n_splits: int = 100, n_boot: int = 200
 ) -> dict[str, float]:
     """Reliability of z over parts: the correlation of halves, stepped up to all items; see ``stepped_up``."""
-    z = Halves({"": readings}).z(n_splits, np.random.default_rng(0))[:, 0]
+    z = Halves({"": readings}).z(n_splits)[:, 0]
     return stepped_up(z, method=method, n_boot=n_boot)
 
 
@@ -165,7 +166,7 @@ def correlations(
         return c / np.sqrt(np.outer(diagonal, diagonal))
 
     whole, reach = across_halves(readings, ratio, n_splits=n_splits)
-    z = Halves(readings).z(n_splits, np.random.default_rng(0))
+    z = Halves(readings).z(n_splits)
     itself = spearman_brown(np.nanmean(correlation(z[:, :, 0], z[:, :, 1], method), axis=0), 2).clip(0)
     z = centred(z, method)
     covariance, n, rng = covariances(z), z.shape[-1], np.random.default_rng([0, 3])

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from biasprune.core.data import choose, need
+from biasprune.core.data import RULES, choose, need
 from biasprune.core.likelihood import Written
 from biasprune.core.masks import Pruning
 from biasprune.core.model import LM, encode
-from biasprune.core.perplexity import RULES
 from biasprune.core.sampling import sample
 from biasprune.core.stats import Readings, group_gap
 from biasprune.measures.base import Measure, tidy
@@ -49,14 +48,9 @@ def gap_by_seed(values: np.ndarray, items: pd.DataFrame, weights: np.ndarray) ->
 class Sampled(Measure):
     """Scores of sampled continuations; an item's value is the mean over seeds.
 
-    Attributes
-    ----------
-    rule
-        "corrected": the judge reads the continuation alone, since the prompt's descriptor itself moves most judges.
-        "as_published": it reads the prompt, cut as the model read it, with the continuation, lower-cased, newlines to
-        spaces.
-    coupled
-        False: every head has sampling noise of its own, as in the published procedure.
+    rule: "corrected": the judge reads the continuation alone, since the prompt's descriptor itself moves most judges.
+        "as_published": the prompt, cut as the model read it, too, lower-cased, newlines to spaces.
+    coupled: False: every head has sampling noise of its own, as in the published procedure.
     """
 
     judge: Judge
@@ -73,19 +67,9 @@ class Sampled(Measure):
     def read(self, lm: LM, prunings: Sequence[Pruning], progress: str | None = None) -> pd.DataFrame:
         """pruning, item, seed, value (score), text, tokens (ids, −1 after the end, as text)."""
         streams = None if self.coupled else [1 + min(p.heads, default=-1) for p in prunings]
-        written = sample(
-            lm,
-            self.items["prompt"].tolist(),
-            prunings,
-            seeds=self.seeds,
-            streams=streams,
-            max_new_tokens=self.max_new_tokens,
-            top_k=self.top_k,
-            temperature=self.temperature,
-            max_prompt_tokens=self.max_prompt_tokens,
-            batch_rows=self.batch_rows,
-            progress=progress,
-        )
+        names = ("seeds", "max_new_tokens", "top_k", "temperature", "max_prompt_tokens", "batch_rows")
+        how = {name: getattr(self, name) for name in names}
+        written = sample(lm, self.items["prompt"].tolist(), prunings, streams=streams, progress=progress, **how)
         texts = written.texts
         seed = np.broadcast_to(np.array(self.seeds)[:, None], texts.shape)
         tokens = np.array([" ".join(map(str, t)) for t in written.tokens.reshape(-1, self.max_new_tokens)], object)
@@ -139,18 +123,8 @@ class Sampled(Measure):
     def weighed(self, lm: LM, prunings: Sequence[Pruning], whole: pd.DataFrame) -> pd.DataFrame:
         """``read`` by importance: the unpruned model's texts, weighted by how likely they are when pruned.
 
-        Self-normalised within groups, weights cut at ``MAX_WEIGHT``. Without another generation.
-
-        Parameters
-        ----------
-        whole
-            Of ``read`` with nothing pruned.
-
-        Returns
-        -------
-        DataFrame
-            pruning, item, seed, value, text, weight, ess (effective share of the sample of the pruning: where it is
-            small, the pruning changes the model too much).
+        Self-normalised within groups, weights cut at ``MAX_WEIGHT``. ``whole``: of ``read`` with nothing pruned. Adds
+        weight, and ess: effective share of the sample; where it is small, the pruning changes the model too much.
         """
         log_weight = self._written(lm, whole).log_ratios(prunings)
         # The floor matters where no text of a group could have been written so: its mean is then the unpruned
@@ -159,9 +133,8 @@ class Sampled(Measure):
         exact = np.exp(np.minimum(log_weight, np.log(MAX_WEIGHT)))
         ess = exact.sum((1, 2)) ** 2 / np.maximum((exact**2).sum((1, 2)), 1e-300) / exact[0].size
         values = np.broadcast_to(self._shaped(whole["value"]), weight.shape)
-        seed = np.broadcast_to(np.array(self.seeds)[:, None], weight.shape)
-        ess = np.broadcast_to(ess[:, None, None], weight.shape)
-        text = np.broadcast_to(self._shaped(whole["text"]), weight.shape)
+        more = np.array(self.seeds)[:, None], ess[:, None, None], self._shaped(whole["text"])
+        seed, ess, text = (np.broadcast_to(x, weight.shape) for x in more)
         return tidy(prunings, self.items, values, weight=weight, seed=seed, ess=ess, text=text)
 
     def gradients(self, lm: LM, whole: pd.DataFrame, parts: str = "heads") -> np.ndarray:
@@ -187,16 +160,9 @@ class Sampled(Measure):
 
 
 def toxicity(prompts: pd.DataFrame, judge: Judge, *, rule: str = "corrected", **sampling: object) -> Sampled:
-    """Bias of what the model writes after prompts of one axis: Σ over groups of |axis mean − group mean| of scores.
+    """Bias of what a model writes after prompts (of ``items``): Σ over groups of |axis mean − group mean| of scores.
 
-    Parameters
-    ----------
-    prompts
-        As of ``items``.
-    sampling
-        Further attributes of ``Sampled``: seeds, max_new_tokens, …
-
-    Source: Zayed et al., AAAI 2024.
+    sampling: Further attributes of ``Sampled``: seeds, max_new_tokens, … Source: Zayed et al., AAAI 2024.
     """
     choose(rule, RULES, "rule")
     return Sampled(name=judge.name, items=items(prompts), bias=group_gap, judge=judge, rule=rule, **sampling)

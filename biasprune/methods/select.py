@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-RULES = ("corrected", "as_published")
+from biasprune.core.data import RULES, choose
 
 
 def _scores(values: ArrayLike, what: str) -> np.ndarray:
@@ -23,8 +23,7 @@ def _share(value: float, what: str) -> float:
 
 def _cut(scores: np.ndarray, heads: np.ndarray, k: int, rule: str) -> list[int]:
     """The k heads of lowest score; ``as_published`` adds all that tie with the last one."""
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r}: choose one of {', '.join(RULES)}.")
+    choose(rule, RULES, "rule")
     chosen = heads[np.argsort(scores[heads], kind="stable")[:k]]  # stable: ties go to the lower flat index
     if rule == "as_published" and k:
         chosen = heads[scores[heads] <= scores[chosen[-1]]]

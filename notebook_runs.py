@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from biasprune.core import data, run
-from biasprune.core.parameters import code_cells
+from biasprune.core.parameters import check_parameters, code_cells, notebooks_dir, parameters_of
+from biasprune.core.provenance import code_sha256
 
 OVERVIEW = "00_overview"  # reads the records of all other runs
 BENCHMARKS = ("07_speed",)  # run last, alone, on all cores
@@ -28,7 +29,7 @@ BENCHMARKS = ("07_speed",)  # run last, alone, on all cores
 
 def values_in(name: str) -> dict[str, Any]:
     """A parameter file, by its path or its name in notebooks/params."""
-    shipped = {path.stem: path for path in sorted(run.notebooks_dir().glob("params/*.yaml"))}
+    shipped = {path.stem: path for path in sorted(notebooks_dir().glob("params/*.yaml"))}
     if not Path(name).is_file():
         data.choose(name, shipped, "parameter file")
     with shipped.get(name, Path(name)).open(encoding="utf-8") as file:
@@ -47,11 +48,11 @@ def plan(config: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     A parameter goes to the notebooks that declare it. The label is made of the parameter file and the grid's values.
     ValueError: a notebook, parameter file or parameter that there isn't, or a value of another type.
     """
-    known = {path.stem: run.parameters_of(path) for path in sorted(run.notebooks_dir().glob("[0-9]*.ipynb"))}
+    known = {path.stem: parameters_of(path) for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))}
     keys = {"params": [], "notebooks": list(known), "grid": {}, "set": {}, "out": "reports", "threads": 1}
     types = {key: (type(default).__name__, default) for key, default in keys.items()}
-    asked = {**keys, **run.check_parameters(config, types, "configuration")}
-    grid = run.check_parameters(asked["grid"], dict.fromkeys(asked["grid"], ("list", [])), "grid")
+    asked = {**keys, **check_parameters(config, types, "configuration")}
+    grid = check_parameters(asked["grid"], dict.fromkeys(asked["grid"], ("list", [])), "grid")
     files = {name: values_in(name) for name in asked["params"]} or {"": {}}
     anywhere, runs = {name for declared in known.values() for name in declared}, {}
     for file, notebook, point in product(files, asked["notebooks"], product(*grid.values())):
@@ -61,7 +62,7 @@ def plan(config: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
             continue
         given = {**files[file], **asked["set"], **dict(zip(grid, point, strict=True))}
         given = {k: v for k, v in given.items() if k in known[notebook] or k not in anywhere}
-        given = run.check_parameters(given, known[notebook], f"{file or 'configuration'}, {notebook}")
+        given = check_parameters(given, known[notebook], f"{file or 'configuration'}, {notebook}")
         parts = [Path(file).stem] * bool(file) + [f"{k}-{_short(given[k])}" for k in grid if k in given]
         if runs.setdefault(("__".join(parts) or "defaults", notebook), given) != given:
             raise ValueError(f"two runs would be called {'__'.join(parts)}/{notebook}: rename a parameter file.")
@@ -82,8 +83,8 @@ def made_from(notebook: str, parameters: dict[str, Any]) -> str:
     words = re.findall(r'"([^"]+)"', json.dumps(parameters, ensure_ascii=False)) if notebook != OVERVIEW else []
     paths = [Path(word).expanduser() for word in [*words, os.environ.get("BIASPRUNE_PUBLISHED", "")] if word]
     paths += [p for p in sorted(data.data_dir().iterdir()) if p.name != "claims.csv" or notebook == OVERVIEW]
-    cells = [code_cells(run.notebooks_dir() / f"{notebook}.ipynb", parameters=kind) for kind in (True, False)]
-    return run.digest([notebook, parameters, cells, run.code_sha256(), [_contents(p) for p in paths if p.exists()]])
+    cells = [code_cells(notebooks_dir() / f"{notebook}.ipynb", parameters=kind) for kind in (True, False)]
+    return run.digest([notebook, parameters, cells, code_sha256(), [_contents(p) for p in paths if p.exists()]])
 
 
 def _without_traces(executed: Path, folder: Path) -> None:
