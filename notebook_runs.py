@@ -107,6 +107,17 @@ def _without_traces(executed: Path, folder: Path) -> None:
     run.write_text(executed, text + "\n")
 
 
+def _result_first(executed: Path, folder: Path) -> None:
+    """Put a run's result and its first figure below the title of its executed notebook."""
+    results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
+    source = [f"**Result.** {results['sentence']}"]
+    source += [f"![{caption}]({folder.name}/figures/{name}.png)" for name, caption in results["figures"].items()][:1]
+    node = json.loads(executed.read_text(encoding="utf-8"))
+    cell = {"cell_type": "markdown", "id": "result", "metadata": {"tags": ["result"]}, "source": "\n\n".join(source)}
+    node["cells"].insert(1, cell)
+    run.write_text(executed, json.dumps(node, indent=1, ensure_ascii=False) + "\n")
+
+
 def execute(notebook: Path, folder: Path, parameters: dict[str, Any], stamp: Path) -> None:
     """Run a notebook in ``folder``; its executed form is put beside that, also where it fails, ``stamp`` where not.
 
@@ -131,6 +142,7 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any], stamp: Pat
         finally:
             if executed.exists():
                 _without_traces(executed, folder)
+    _result_first(executed, folder)
     stamp.touch()
 
 

@@ -193,6 +193,7 @@ def test_a_killed_workflow_goes_on_to_the_same_result_and_then_has_nothing_to_do
     assert pieces["x"].tolist() == [x for i in range(6) for x in np.random.default_rng([3, i]).normal(size=3)]
     assert "Seed 3." in Path("kill/README.md").read_text() and Path("kill/claims.csv").is_file()
     executed = Path("kill/one/01_toy.ipynb").read_text()
+    assert json.loads(executed)["cells"][1]["source"] == "**Result.** Seed 3.", "the result first"
     assert str(work) not in executed and "start_time" not in executed and 'out = \\"kill/one/01_toy' in executed
     shutil.rmtree(".snakemake")  # as after a copy: other dates, nothing that Snakemake has noted
     for path in Path("kill").rglob("*"):
@@ -217,6 +218,7 @@ def test_others_go_on_where_one_fails_and_benchmarks_have_all_cores():
 def test_a_finished_run_starts_from_nothing_and_a_stopped_one_goes_on(monkeypatch):
     """Committed results are never taken for this machine's."""
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
+    monkeypatch.setattr(workflow, "_result_first", lambda *_: None)
     for status, left in (("done", [".done-new"]), ("running", [".done-new", "run.json", "x.parquet"])):
         folder = Path("made") / "a" / status
         for name in ("x.parquet", ".done-old"):
