@@ -23,7 +23,7 @@ def run(title: str, tmp_path, monkeypatch) -> dict:
 
 def test_one_block_per_recipe():
     assert list(BLOCKS) == re.findall(r"^## (.+)", TEXT, re.MULTILINE)
-    assert len(BLOCKS) == 6 and TEXT.count("```") == 2 * len(BLOCKS)
+    assert len(BLOCKS) == 7 and TEXT.count("```") == 2 * len(BLOCKS)
 
 
 def test_own_model(tmp_path, monkeypatch):
@@ -65,6 +65,11 @@ def test_a_new_measure(tmp_path, monkeypatch):
     assert made["readings"].values[0, 5] == pytest.approx(means[0] - means[1], abs=1e-5)
     code = BLOCKS["A new measure"].split("def sentence_log_prob")[1].split("jobs, habits")[0]
     assert len(code.strip().splitlines()) < 40
+
+
+def test_your_own_sentence_pairs(tmp_path, monkeypatch):
+    made = run("Your own sentence pairs", tmp_path, monkeypatch)
+    assert len(made["measure"].items) == 18 and made["measure"].items["cluster"].nunique() == 6
 
 
 def test_a_new_method(tmp_path, monkeypatch):
