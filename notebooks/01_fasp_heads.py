@@ -295,6 +295,8 @@ run.frame("selections", lambda: chosen)
 comparison = run.frame("comparison", lambda: heads.compare(chosen, judged, measures, n_boot=n_boot)[0])
 ends = {"xlabel": "share of heads pruned, α", "ylabel": "change of bias, %", "reference": 0.0}
 run.figure(figures.lines(comparison, "alpha", "change", "method", **ends), "change_against_alpha")
+ends |= {"xlabel": "perplexity, × unpruned", "logx": True}
+run.figure(figures.lines(comparison, "ppl_ratio", "change", "method", **ends), "change_against_perplexity")
 comparison.query("alpha == @alphas[-1]").style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
@@ -305,10 +307,13 @@ comparison.query("alpha == @alphas[-1]").style.hide(axis="index").format(precisi
 # %%
 if health:
     watched = {x: named.measure(x, "test", health_items) for x in health}
+    columns = ["method", "gamma", "alpha", "draw", "pruning"]
+    before = pd.DataFrame([("unpruned", 0.0, 0.0, 0, "")], columns=columns)
     some = chosen[chosen["method"].isin(["FASP", "random, matched"]) & (chosen["draw"] < health_draws)]
     jobs = {"unpruned": [""], **{f"α = {a}": x.unique() for a, x in some.groupby("alpha")["pruning"]}}
     jobs = {name: partial(read, net, [Pruning.parse(p) for p in x], watched) for name, x in jobs.items()}
     frame = pd.concat([run.pieces("health", jobs), judged[judged["judged_by"].isin(measures)]])
+    some = pd.concat([before, some], ignore_index=True)
     shown = run.frame("healthy", lambda: heads.compare(some, frame, measures | watched, n_boot=n_boot)[0])
     columns = ["method", "alpha", "change", "ppl_ratio", *health]
     display(shown[columns].style.hide(axis="index").format(precision=3))
@@ -337,17 +342,23 @@ wide.loc[[*order[:3], *order[-3:]]].drop(columns=hidden).style.hide(axis="index"
 
 # %% [markdown]
 # ## 6 Verdict
-# Mean change over all α, and `more`, its difference to random heads: whatever makes a model less certain also
-# shrinks differences. A method *passes* if both intervals lie below zero, and that of perplexity within the
-# limit at every α. It *fails* if an interval excludes a reduction of `smallest_change` %, or perplexity within
-# the limit. The claim has two halves: FASP passes, no other score does.
+# Mean change over all α, and `more`, its difference to random heads: whatever makes a model less certain
+# also shrinks differences. *Bias falls* if both intervals lie below zero, and doesn't if one excludes a
+# reduction of `smallest_change` %. *Perplexity stays low* if its interval lies within the limit at every
+# α, and doesn't if it lies above at one. No other score should do both.
 
 
 # %%
-def outcome(row: pd.Series) -> str:
-    passes = max(row["change_high"], row["more_high"]) < 0 and row["worst_high"] <= max_ppl_ratio
-    fails = max(row["change_low"], row["more_low"]) > -smallest_change or row["worst_low"] > max_ppl_ratio
-    return verdict(reproduced=passes and not fails, refuted=fails, biased=p_value < 0.05)
+def outcome(row: pd.Series) -> dict:
+    falls = {"reproduced": max(row["change_high"], row["more_high"]) < 0}
+    falls["refuted"] = max(row["change_low"], row["more_low"]) > -smallest_change
+    stays = {"reproduced": row["worst_high"] <= max_ppl_ratio, "refuted": row["worst_low"] > max_ppl_ratio}
+    both = {
+        "reproduced": falls["reproduced"] and stays["reproduced"],
+        "refuted": falls["refuted"] or stays["refuted"],
+    }
+    named_rules = {"bias falls": falls, "perplexity stays": stays, "both": both}
+    return {name: verdict(**rule, biased=p_value < 0.05) for name, rule in named_rules.items()}
 
 
 nulls = detection[detection["items"] == "test"].set_index("shuffled")["p"]
@@ -358,7 +369,7 @@ more = [changes[m,] - changes[controls.get(m, "random"),] for m in effects["meth
 effects = effects.join(pd.DataFrame([difference.row("more") for difference in more]))
 worst = comparison.groupby("method")[["ppl_ratio", "ppl_ratio_low", "ppl_ratio_high"]].max()
 effects = effects.join(worst.set_axis(["worst", "worst_low", "worst_high"], axis=1), on="method")
-effects["verdict"] = effects.apply(outcome, axis=1)
+effects = effects.join(pd.DataFrame([outcome(row) for _, row in effects.iterrows()]))
 effects = run.frame("effects", lambda: effects.assign(control=effects["method"].str.startswith("random")))
 ends = {"low": "change_low", "high": "change_high", "hollow": "control"}
 label = "change of bias in %, mean over α"
@@ -366,20 +377,34 @@ run.figure(figures.intervals(effects, "change", "method", xlabel=label, **ends),
 
 # %%
 row, rivals = effects.set_index("method").loc["FASP"], effects[effects["method"].isin(others)]
-passing = rivals["method"][rivals["verdict"] == "reproduced"].tolist()
-alone = {"reproduced": (rivals["verdict"] == "not reproduced").all(), "refuted": len(passing) > 0}
-why = "against random heads {more:+.0f} points ({more_low:+.0f} to {more_high:+.0f}), ".format(**row)
-why += f"perplexity × {row['worst']:.2f} at most, bias of the unpruned model "
-why += ", ".join(f"p = {p:.3f} ({shuffled} shuffled)" for shuffled, p in nulls.items())
-verdicts = pd.DataFrame({"id": "F1", "case": [f"FASP, {measure}", f"other scores, {measure}"]})
-verdicts["ours"] = [row["change"], len(passing)]
-verdicts["claim"] = ["FASP reduces bias while perplexity stays low", "no other pruning score does so"]
-verdicts["low"], verdicts["high"] = ([row[f"change_{end}"], np.nan] for end in ("low", "high"))
-verdicts["what"] = [f"{label}, on test items; 95 % over clusters", f"scores of {len(rivals)} that do so"]
-verdicts["verdict"] = [row["verdict"], verdict(**alone, biased=p_value < 0.05)]
-verdicts["why"] = [why, ", ".join(passing) or "none"]
-sentence = "FASP changes bias by {change:+.0f} % ({change_low:+.0f} to {change_high:+.0f}, {why}): {verdict}."
-sentence = f"{model}, {measure}: {sentence.format(**row, why=why)} Others that do: {verdicts['why'][1]}."
+passing = rivals["method"][rivals["both"] == "reproduced"].tolist()
+alone = {"reproduced": (rivals["both"] == "not reproduced").all(), "refuted": len(passing) > 0}
+beyond = "{more:+.0f} points beyond random heads ({more_low:+.0f} to {more_high:+.0f})".format(**row)
+p_values = ", ".join(f"p = {p:.3f} ({shuffled} shuffled)" for shuffled, p in nulls.items())
+changes_by = [row["change"], row["change_low"], row["change_high"]]
+rows = [("bias falls", *changes_by, f"{label}, on test items; 95 % over clusters", beyond, row["bias falls"])]
+ratio = [row["worst"], row["worst_low"], row["worst_high"]]
+why = "limit × {:.2f}; certainly within it for α ≤ {:g}"
+within = comparison.query("method == 'FASP' and ppl_ratio_high <= @max_ppl_ratio")["alpha"].max()
+rows.append(
+    (
+        "perplexity stays low",
+        *ratio,
+        "perplexity, × unpruned, at the α where it is highest; 95 % over windows",
+    )
+)
+rows[-1] += why.format(max_ppl_ratio, within if within > 0 else 0), row["perplexity stays"]
+only = verdict(**alone, biased=p_value < 0.05)
+rows.append(
+    ("no other score does both", len(passing), np.nan, np.nan, f"scores of {len(rivals)} that do both")
+)
+rows[-1] += ", ".join(passing) or "none", only
+verdicts = pd.DataFrame(rows, columns=["claim", "ours", "low", "high", "what", "why", "verdict"])
+verdicts = verdicts.assign(id="F1", case=[f"{claim}, {measure}" for claim in verdicts["claim"]])
+sentence = f"{model}, {measure} (unpruned bias: {p_values}): FASP changes bias by {row['change']:+.0f} % "
+sentence += "({:+.0f} to {:+.0f}), {}: **{}**. ".format(*changes_by[1:], beyond, row["bias falls"])
+sentence += "Perplexity × {:.2f} at most ({:.2f} to {:.2f}): **{}**. ".format(*ratio, row["perplexity stays"])
+sentence += f"Other scores that do both: {verdicts['why'].iloc[2]} (**{only}**)."
 Markdown(sentence)
 
 # %% tags=["truth"]
@@ -388,7 +413,7 @@ if truth_file.is_file() and sampled:  # the planted model: the truth is known, s
     truth = json.loads(truth_file.read_text())
     planted = truth["layer"] * net.anatomy.n_heads + truth["head"]
     assert scores["z_bias"].idxmax() == planted and planted in Pruning.parse(best).heads
-    assert row["verdict"] == "reproduced", "removing it must reduce bias"
+    assert row["both"] == "reproduced", "removing it must reduce bias"
 
 # %%
 if save_pruned:
@@ -396,4 +421,5 @@ if save_pruned:
 shown = {"detection": caption, "effects": f"{label}, γ = {gamma}; more: than random heads, in points"}
 shown["healthy"] = "Change of bias beside the model's health"
 drawn = {"effects": label, "change_against_alpha": "Change of bias by share of heads pruned"}
+drawn["change_against_perplexity"] = "Change of bias by what it costs: the fair comparison of scores"
 run.finish(sentence, verdicts=verdicts, gamma=gamma, about=measure, tables=shown, figures=drawn)
