@@ -1,4 +1,4 @@
-"""Five figures: a tidy frame in, a matplotlib figure out, readable in greyscale and on a phone.
+"""Four figures: a tidy frame in, a matplotlib figure out, readable in greyscale and on a phone.
 
 A figure is 5.2 inches wide, so that its texts of 10 points have 10 pixels on a screen of 380. Rows, groups and panels
 come in the table's order. Rows without a value aren't drawn; it is a ValueError if no row has one.
@@ -19,7 +19,6 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 WIDTH = 5.2  # inches
 MARKERS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo")
 SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 sns.set_theme(style="whitegrid", palette="colorblind", rc={"figure.dpi": 110, **dict.fromkeys(SIZES, 10)})
 
@@ -220,27 +219,3 @@ def scatter(
         if identity:
             axis.axline((0, 0), slope=1, color="black", lw=0.9, ls=":")
     return _finish(figure, xlabel, ylabel)
-
-
-def bars(
-    table: pd.DataFrame, value: str, label: str, hue: str, *, panel: str | None = None, xlabel: str = ""
-) -> Figure:
-    """Stacked horizontal bars, a segment per value of ``hue``, hatched and with its number where that has room."""
-    rows = _with_values(table, value)
-    most = rows[label].nunique() if panel is None else rows.groupby(panel)[label].nunique().max()
-    figure, parts = _panels(rows, panel, 0.34 * most, across=1)
-    box = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none"}
-    for axis, part in parts:
-        wide = part.pivot_table(index=label, columns=hue, values=value, aggfunc="sum", sort=False, fill_value=0)
-        left = np.zeros(len(wide))
-        for i, style, one in _groups(rows, part, hue):
-            width = wide[one[hue].iloc[0]].to_numpy()
-            look = {"hatch": HATCHES[i % 7], "edgecolor": "black", "linewidth": 0.6, **style}
-            segments = axis.barh(range(len(wide)), width, left=left, height=0.7, **look)
-            texts = [f"{w:.3g}" if w > 0.05 * wide.sum(axis=1).max() else "" for w in width]
-            axis.bar_label(segments, texts, label_type="center", fontsize=9, bbox=box)
-            left += width
-        axis.set_yticks(range(len(wide)), [fill(str(x), 24) for x in wide.index])
-        axis.set_ylim(len(wide) - 0.5, -0.5)
-        axis.grid(visible=False, axis="y")
-    return _finish(figure, xlabel)

@@ -66,7 +66,8 @@ counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_val
 counts = counts.reindex(columns=list(claims.VERDICTS), fill_value=0).reset_index()
 counts = run.frame("summary", lambda: counts)
 long = counts.melt("paper", var_name="verdict", value_name="n")
-run.figure(figures.bars(long, "n", "paper", "verdict", xlabel="claims × runs × cases"), "verdicts")
+long["word"] = long["verdict"].str.replace(" ", "\n")
+run.figure(figures.heat_map(long, "paper", "word", "n", label="claims × runs × cases"), "verdicts")
 counts.style.hide(axis="index")
 
 # %%

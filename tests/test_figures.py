@@ -86,16 +86,6 @@ def test_scatter_has_points_error_bars_and_identity():
     assert ends == [[-0.5, 0.5], [2.5, 3.5]] and left.lines[-1].get_slope() == 1
 
 
-def test_bars_are_stacked_hatched_and_numbered():
-    table = pd.DataFrame({"run": list("aab"), "verdict": ["yes", "no", "no"], "n": [3, 1, 100], "paper": list("ppq")})
-    figure = figures.bars(table, "n", "run", "verdict", panel="paper", xlabel="claims")
-    top, bottom = figure.axes
-    assert [(p.get_x(), p.get_width()) for p in top.patches] == [(0, 3), (3, 1)]
-    assert [t.get_text() for t in top.texts] == ["3", "1"] and [t.get_text() for t in bottom.texts] == ["100"]
-    assert top.patches[0].get_hatch() != top.patches[1].get_hatch() == bottom.patches[0].get_hatch()
-    assert top.get_title("left") == "p" and legend(figure) == ["yes", "no"]
-
-
 @pytest.mark.parametrize("table", [pd.DataFrame({"x": [], "v": []}), pd.DataFrame({"x": ["a"], "v": [np.nan]})])
 def test_nothing_to_draw_is_an_error(table):
     with pytest.raises(ValueError, match="nothing to draw: no row of the table has a number in v"):
@@ -105,7 +95,7 @@ def test_nothing_to_draw_is_an_error(table):
 def test_equal_data_give_equal_bytes(tmp_path):
     table = pd.DataFrame({"x": list("ab"), "v": [1, 2], "k": "k"})
     for folder in ("one", "two"):
-        figures.save(figures.bars(table, "v", "x", "k"), tmp_path / folder, "name")
+        figures.save(figures.lines(table, "v", "v", "k"), tmp_path / folder, "name")
     for suffix in ("png", "pdf"):
         one, two = ((tmp_path / f / f"name.{suffix}").read_bytes() for f in ("one", "two"))
         assert one == two and len(one) > 1000

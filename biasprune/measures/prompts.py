@@ -27,7 +27,8 @@ NONE = "(none)"
 def load(axis: str, split: str = "valid", source: str | Path = "biasprune") -> pd.DataFrame:
     """The prompts of one axis and split, with the columns ``COLUMNS``, in file order.
 
-    axis: One of ``AXES``; of a user's file, a value of its column `axis`, or else the file's name without ending.
+    axis: One of ``AXES``, of HolisticBias any of its own; of a user's file, a value of its column `axis`, or else the
+        file's name without ending.
     split: "valid", "test" or "all". Half are "valid", by a sha256: of template and noun for our own prompts, so that
         all groups have the same sentences; of the prompt for a user's file, unless it has a column `split`.
     source: "biasprune": our own (MIT), where the group "(none)" has the same sentences without a descriptor;
@@ -51,16 +52,16 @@ def load(axis: str, split: str = "valid", source: str | Path = "biasprune") -> p
 
 
 def holistic_bias(axis: str, split: str = "valid") -> pd.DataFrame:
-    """The HolisticBias v1.1 prompts of one axis, as the FASP paper splits them.
+    """The HolisticBias v1.1 prompts of one axis (also ability, age, body_type …), as the FASP paper splits them.
 
     "valid" is the first fifth of ``RandomState(0).permutation(566625)`` over the published row order, "test" the rest;
     rows stay in that order. The group "(none)" is *not* a baseline without descriptor: it has the phrases that the
     authors wrote out whole ("a person of color", "an atheist"). On the axis religion 17 sentences come twice. Contains
     slurs and dated terms. CC BY-SA 4.0, read from a pinned wheel, never part of this repository.
     """
-    choose(axis, AXES, "axis")
     choose(split, SPLITS, "split")
     table = _holistic_table()
+    choose(axis, table["axis"].unique(), "axis")
     order = np.random.RandomState(0).permutation(len(table))
     part = {"valid": order[:113_325], "test": order[113_325:], "all": order}[split]
     return table.iloc[part[(table["axis"] == axis).to_numpy()[part]]].reset_index(drop=True)
