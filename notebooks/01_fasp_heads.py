@@ -297,7 +297,18 @@ ends = {"xlabel": "share of heads pruned, α", "ylabel": "change of bias, %", "r
 run.figure(figures.lines(comparison, "alpha", "change", "method", **ends), "change_against_alpha")
 ends |= {"xlabel": "perplexity, × unpruned", "logx": True}
 run.figure(figures.lines(comparison, "ppl_ratio", "change", "method", **ends), "change_against_perplexity")
-comparison.query("alpha == @alphas[-1]").style.hide(axis="index").format(precision=3)
+columns = [
+    "method",
+    "pruned",
+    "change",
+    "change_low",
+    "change_high",
+    "ppl_ratio",
+    "ppl_ratio_low",
+    "ppl_ratio_high",
+]
+largest = comparison.loc[comparison["alpha"] == alphas[-1], columns]
+largest.style.hide(axis="index").format(precision=2).set_caption(f"α = {alphas[-1]:g}")
 
 # %% [markdown]
 # **Health.** What should stay, or what no claim is about. *meaning*: StereoSet's language-modelling score, how

@@ -119,10 +119,10 @@ if authors:
     spilled = [published.spill(t).assign(model=m) for m, t in authors.items()]
     spilled = run.frame("published_spill", lambda: pd.concat(spilled))
     ends = {"low": "low", "high": "high", "panel": "model", "hue": "which", "xlabel": "correlation of axes"}
-    named_pairs = crossed.assign(
-        pair=crossed["a"].str.split("_").str[0] + ", " + crossed["b"].str.split("_").str[0]
-    )
-    run.figure(figures.intervals(named_pairs, "r", "pair", **ends), "published_axes")
+    short = crossed.replace({side: {"sexual_orientation": "orientation"} for side in "ab"})
+    short["pair"] = short["a"].str.split("_").str[0] + ", " + short["b"].str.split("_").str[0]
+    short["model"] = short["model"].str.split("/").str[-1]
+    run.figure(figures.intervals(short, "r", "pair", **ends), "published_axes")
     display(spilled.set_index("model").style.format(precision=4))
 else:
     display(Markdown("The published scores aren't at hand (`published_source`, `BIASPRUNE_PUBLISHED`)."))
