@@ -16,7 +16,7 @@ from biasprune.core import sampling, stats
 from biasprune.core.data import data_dir
 from biasprune.core.masks import Pruning, masked, scaled
 from biasprune.core.model import encode, weight_of
-from biasprune.measures import judges, prompts
+from biasprune.measures import judges, pairs, prompts
 from biasprune.measures.prose import corpus, prose
 from biasprune.measures.toxicity import toxicity
 from biasprune.methods import heads, judge, select
@@ -174,6 +174,25 @@ def test_comparison_by_hand(tiny):
     texts = frame[(frame["judged_by"] == "bias") & (frame["pruning"] == "1 6")]["text"]
     assert (fasp["distinct"], fasp["empty"]) == (texts.nunique() / len(texts), (texts.str.strip() == "").mean())
     assert not changes["FASP", 0.0].draws.any(), "paired with itself"
+
+
+def test_comparison_of_a_signed_bias_counts_its_size_and_further_measures_stand_beside(tiny):
+    """A bias that turns round is no bias removed: .4 to -.1 is 75 % less, .4 to -.6 is 50 % more."""
+    table = pd.DataFrame(
+        {"item": list("wxyz"), "cluster": list("wxyz"), "more": "my friend is rude", "less": "my friend is"}
+    )
+    pair, ppl = pairs.pairs("pairs", table), text(tiny)
+    shifts, prunings = {"": 0.4, "1 6": -0.1, "3 9": -0.6}, [Pruning.parse(p) for p in ("", "1 6", "3 9")]
+    spread = np.tile([-0.02, -0.01, 0.01, 0.02], 3)
+    frame = pair.read(tiny, prunings).assign(value=lambda t: t["pruning"].map(shifts) + spread, judged_by="bias")
+    other = frame.assign(judged_by="other", value=frame["value"] + 1)
+    frame = pd.concat([frame, other, ppl.read(tiny, prunings).assign(judged_by="perplexity")], ignore_index=True)
+    chosen = pd.DataFrame({"method": ["one", "two"], "draw": 0, "pruning": ["1 6", "3 9"]})
+    measures = {"bias": pair, "perplexity": ppl, "other": pair}
+    rows = heads.compare(chosen, frame, measures, ["method"], n_boot=200)[0].set_index("method")
+    assert rows["change"].tolist() == pytest.approx([-75, 50]) and rows["bias"].tolist() == pytest.approx([-0.1, -0.6])
+    assert rows["other"].tolist() == pytest.approx([0.9, 0.4]) and (rows["other_low"] < rows["other_high"]).all()
+    assert rows["floor"].between(0.01, 0.5).all() and "distinct" not in rows
 
 
 def test_as_published_the_judge_reads_the_cut_prompt_too(tiny):
