@@ -237,8 +237,8 @@ def changed(axis: str, name: str) -> dict:
     which = {"method": "FASP", "selected_by": axis} if axis in axes else {"method": "FASP, all axes"}
     rows, random = left.rows(**which, judged_by=name), [f"random {i}" for i in range(axes_draws)]
     more = left.more(rows, [np.array([i]) for i in left.rows(method=random, judged_by=name)])
-    beyond = more / left.before[rows[0]].map(np.abs)
-    change = (left.share(rows) * -100).row("change") | (beyond * -100).row("against_random")
+    unit = -100 / abs(left.before[rows[0]].point)  # % of the measured bias
+    change = (left.removed(rows) * unit).row("change") | (more * unit).row("against_random")
     return {"selected_by": axis, "judged_on": name[3:], **change, **whole[name]}
 
 

@@ -364,9 +364,13 @@ tested = run.frame(
 )
 tested = {x: by[x].readings(part) for x, part in tested.groupby("judged_by", sort=False)}
 there, left = tested[main].detect(cluster="cluster"), {x: r.estimates() for x, r in tested.items()}
-share = {(w, x): left[x][str(p)].map(np.abs) / left[x][""].map(np.abs) for w, p in ways.items() for x in by}
-ppl = {w: share[w, "perplexity"].point for w in ways}
-change = {(w, x): (share[w, x] - 1.0) * 100 for w, x in share if x != "perplexity"}
+sizes = {x: {p: e.map(np.abs) for p, e in of.items()} for x, of in left.items()}
+ppl = {w: (sizes["perplexity"][str(p)] / sizes["perplexity"][""]).point for w, p in ways.items()}
+change = {  # in % of the measured bias
+    (w, x): (sizes[x][str(p)] - sizes[x][""]) * (100 / sizes[x][""].point)
+    for w, p in ways.items()
+    for x in same_bias
+}
 contest = [
     {"method": w, "judged_by": x, **c.row("change"), "ppl_ratio": ppl[w]} for (w, x), c in change.items()
 ]

@@ -1,8 +1,7 @@
 """Numeric answers about a person: the same question over the names of two groups, and the gap between them.
 
-Sampled answers say which numbers come into question. The probability of each is then read off for every name, so that
-names and pruned models are compared by what they would answer on average. Source: Ma, Salinas, Henderson & Nyarko,
-"Breaking Down Bias", FAccT 2025; questions and names are our own.
+Sampled answers say which numbers come into question; the probability of each is then read off for every name. Source:
+Ma, Salinas, Henderson & Nyarko, "Breaking Down Bias", FAccT 2025; questions and names are our own.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ Candidates = dict[tuple[int, ...], float]  # tokens of an answer up to the end o
 def contexts(source: str | Path = "biasprune", only: Sequence[str] = (), most: int = 0) -> pd.DataFrame:
     """Questions, ours or a CSV file's: context, variation, question (with ``{name}``), prefix (optional, such as "$").
 
-    Of some contexts (``only``; none named: all), at most so many each (``most``; 0: all). A column ``template`` is read
-    as question, as in the paper's lists.
+    Of some contexts (``only``), at most so many each (``most``); the paper's column ``template`` is read as question.
     """
     table = read_csv("audit/contexts.csv" if source == "biasprune" else source).rename(columns={"template": "question"})
     need(table, ["context", "variation", "question"], str(source))
@@ -77,8 +75,7 @@ def names(source: str | Path, by: str, groups: Sequence[str]) -> tuple[pd.DataFr
 def parse(answer: str) -> tuple[float, str, str]:
     """The first number of an answer; its kind: "number", "range" (its midpoint), "unparsable" (NaN); what follows it.
 
-    Thousands separators and scales ("5k", "5 million") are read. (The published code keeps all digits, so that
-    "$100-$150" becomes 100150.)
+    Thousands separators and scales ("5k") are read. (The published code keeps all digits: "$100-$150" is 100150.)
     """
     if not (match := _FIRST.search(answer)):
         return np.nan, "unparsable", answer
@@ -172,8 +169,7 @@ def _normaliser(lm: LM, hidden: Tensor, temperature: float) -> Tensor:
 def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], temperature: float) -> Tensor:
     """Probability of every answer after equally long prompts (prompts, tokens): (prompts, answers) float32.
 
-    An answer's probability is that of its tokens, times that of no token after them that carries the number on, less
-    that of longer answers. So all sum to at most 1.
+    That of its tokens, and of no token after them that carries the number on, less that of longer answers.
     """
     n, carries, lengths = len(answers), _carries(lm), torch.tensor([len(t) for t in answers], device=ids.device)
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in answers], batch_first=True).to(ids.device)

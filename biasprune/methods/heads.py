@@ -57,8 +57,9 @@ def compare(
         sample of random selections, drawn anew in every bootstrap draw.
     frame, measures: Of ``judge.read``: "bias", "perplexity" and others, of these prunings and the unpruned model.
     Returns: table: the columns ``by``; pruned (heads); every measure with _low and _high; change (of the size of the
-        bias, %); ppl_ratio (to the unpruned model); floor (mean size of the bias under the permutation null); of texts
-        score (mean of the judge), distinct and empty (shares). changes: ``by`` → the change's Estimate.
+        bias, in % of the unpruned model's); ppl_ratio (to the unpruned model); floor (mean size of the bias under the
+        permutation null); of texts score (mean of the judge), distinct and empty (shares). changes: ``by`` → the
+        change's Estimate.
     """
     readings = {name: m.readings(frame[frame["judged_by"] == name]) for name, m in measures.items()}
     estimates = {name: r.estimates(n_boot) for name, r in readings.items()}
@@ -73,7 +74,8 @@ def compare(
     for key, part in chosen.groupby(list(by), sort=False):
         draws = [of_draw for _, of_draw in part.groupby("draw")["pruning"]]
         of = {name: redrawn_mean([mean(e[p] for p in d) for d in draws]) for name, e in estimates.items()}
-        changes[key] = (of.pop("size") / estimates["size"][""] - 1) * 100
+        # in % of the measured bias: divided by a bias drawn anew, a clear change of a small bias would look unclear
+        changes[key] = (of.pop("size") - estimates["size"][""]) * (100 / estimates["size"][""].point)
         row = dict(zip(by, key, strict=True)) | {"pruned": part["pruning"].str.split().str.len().mean()}
         row |= changes[key].row("change")
         for name, one in of.items():

@@ -39,11 +39,10 @@ def _folder(inside: str) -> Path:
 
 
 def scores(source: str = "") -> dict[str, pd.DataFrame]:
-    """Published scores with each head removed: model → table; empty if none are at hand.
+    """Published scores without each head: model → axis, split, seed, head (flat), bias, ppl, toxicity, toxic_percent.
 
-    ``source`` is a folder with the authors' files (model/ in a clone of their repository); "" is ``fasp-published`` in
-    the folder that BIASPRUNE_PUBLISHED names. Rows: axis, split, seed, head (flat index from 0), bias, ppl, toxicity
-    (mean), toxic_percent. FetchError: no such folder, or not the paper's files.
+    ``source``: folder with the authors' files (model/ of their repository); "": ``fasp-published`` in the folder that
+    BIASPRUNE_PUBLISHED names, {} if it isn't at hand. FetchError: no such folder, or not the paper's files.
     """
     where = Path(source) if source else _folder("fasp-published")
     if source and not where.is_dir():
@@ -145,9 +144,8 @@ def _rows(table: pd.DataFrame, axis: str) -> pd.DataFrame:
 def seeds(table: pd.DataFrame, axis: str = _GENDER) -> dict[str, float]:
     """Agreement between seeds of the same head scores.
 
-    Returns heads, seeds; r, low, high (mean Spearman over pairs of seeds, 95 % over heads); mean_r, mean_low, mean_high
-    (stepped up to the mean of the seeds, which selections rest on); overlap, overlap_low, overlap_high (mean share of
-    common heads in the top fifth, 95 % over heads), chance.
+    heads, seeds; r (mean Spearman over pairs of seeds), mean_r (stepped up to the mean of the seeds, which selections
+    rest on), overlap (mean share of common heads in the top fifth), each with low and high (95 % over heads); chance.
     """
     wide = _rows(table, axis).pivot_table(index="head", columns="seed", values="bias").dropna()
     z_bias = -wide.to_numpy().T  # (seeds, heads), up to the constant that is the unpruned model's bias
