@@ -55,7 +55,7 @@ axes_gamma: float = 0.3  # share of heads that matters most for prose: FASP prot
 axes_alpha: float = 0.13  # share of heads pruned in experiment 3
 axes_draws: int = 6  # random head sets that FASP could have picked: the controls of all axes
 p_bias: float = 0.05  # an axis has bias if its permutation null gives as much with a lower probability
-weak: float = 0.3  # correlation is refuted if most pairs of axes lie below this with their intervals
+weak: float = 0.3  # correlation is refuted if a pair of axes lies below this with its interval
 small: float = 10.0  # spill-over is refuted if all other biases fall by less than this many %, certainly
 batch_rows: int = 256  # texts: sequences per batch when sampling
 batch_tokens: int = 4096  # tokens per batch otherwise
@@ -272,8 +272,9 @@ def conclude(claim: str, case: str, ends, good, bad, why: str, biased=True) -> N
 
 rows, ends = [], ["mean", "min", "max"]
 total = len(axes) * (len(axes) - 1) // 2
-why = f"{shown['positive'].sum():.0f} of {total} pairs of axes positive, {len(shown)} readable"
-good, bad = 0 < shown["positive"].sum() == total, len(shown) and shown["high"].lt(weak).mean() > 0.5
+why = f"{shown['positive'].sum():.0f} of {total} pairs of axes positive, {len(shown)} readable, "
+why += f"{shown['high'].lt(weak).sum():.0f} certainly below {weak:g}"
+good, bad = 0 < shown["positive"].sum() == total, shown["high"].lt(weak).any()
 conclude("F2", "", shown["disattenuated"].agg(ends), good, bad, why, reliable["p"].lt(p_bias).sum() > 1)
 pruned = tested[tested["selected_by"] == axes[0]].set_index("judged_on")
 others, starts = pruned.drop(index=axes[0], errors="ignore"), bool(pruned["lower"].get(axes[0]))
@@ -286,7 +287,7 @@ for name, table in crossed[crossed["which"] == "all heads"].groupby("model", sor
     rest = crossed[(crossed["model"] == name) & (crossed["which"] != "all heads")]
     why = f"{table['low'].gt(0).sum()} of {len(table)} pairs positive; "
     why += f"{rest['low'].gt(0).sum()} among non-critical heads"
-    good, bad = table["low"].gt(0).all(), table["high"].lt(weak).mean() > 0.5
+    good, bad = table["low"].gt(0).all(), table["high"].lt(weak).any()
     conclude("F2 published", name, table["r"].agg(ends), good, bad, why)
     table = spilled[(spilled["model"] == name) & (spilled["axis"] != "gender_and_sex")]
     own = spilled[(spilled["model"] == name) & (spilled["axis"] == "gender_and_sex")].iloc[0]
