@@ -48,7 +48,7 @@ def lines(paths: list[Path]) -> int:
 
 
 def test_the_house_stays_thin():
-    assert lines(PACKAGE) <= 6200  # the aim is 5,000, with all measures and methods 6,500
+    assert lines(PACKAGE) <= 6000  # the aim is 5,000, with all measures and methods 6,500
     assert lines([p for p in PACKAGE if "core" in p.parts]) <= 2200
 
 
@@ -176,11 +176,12 @@ def test_the_findings_in_the_readme_are_those_of_the_claims():
     """Every "(id, low to high)" and rounded figure in README's findings stands in reports/claims.csv."""
     claims = pd.read_csv(ROOT / "reports" / "claims.csv")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    findings = text.split("## What the committed reports say")[1].split("\n## ")[0].replace("−", "-")
+    findings = text.split("## What the committed reports say")[1].split("\n### ")[0].replace("−", "-")
     known = claims[["ours", "low", "high"]].abs().to_numpy().ravel()
     shown = (
         {f"{x:.2f}".lstrip("0") for x in known}
         | {f"{100 * x:.0f}" for x in known}
+        | {f"{x:.0f}" for x in known}  # in % already
         | {f"{x:.3f}".lstrip("0") for x in known}
     )
     numbers = re.findall(r"(?<![\w/.-])\.\d+|\b\d+(?= %| points)", findings)
