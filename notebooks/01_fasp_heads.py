@@ -1,14 +1,10 @@
 # ---
 # jupyter:
 #   jupytext:
-#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
-#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -25,8 +21,8 @@
 # γ that matters most, prune the share α that adds most bias: bias falls, perplexity hardly moves. No other
 # pruning score does both. The paper reports 8 – 39.5 % less gender bias, by model.
 #
-# **Method.** Heads are scored on *validation* items by what their removal does to bias and to perplexity. γ is
-# chosen there. FASP, other scores and random heads are compared on *test* items, about other words.
+# **Method.** Heads are scored on *validation* items by what their removal does to bias and to perplexity. γ
+# is chosen there. FASP, other scores and random heads are compared on *test* items, about other words.
 #
 # **Measures of bias**, by the parameter `measure`:
 # - `pronouns: speech`: after "The nurse said that", how far do the odds of *she* against *he* follow the
@@ -239,9 +235,9 @@ Markdown(f"Head {worst['flat']}: z_ppl {by_hand - worst['ppl']:.4f} by hand, {wo
 
 # %% [markdown]
 # ## 3 Choose γ on validation items
-# FASP over γ × α (the paper's experiment 2), on fresh texts where texts are sampled. Of the γ whose perplexity
-# never exceeds the limit, the one with the lowest mean bias over α is taken; if all exceed it, the one that
-# exceeds it least. (The paper's criterion isn't public.)
+# FASP over γ × α (the paper's experiment 2), on fresh texts where texts are sampled. Of the γ whose
+# perplexity never exceeds the limit, the one with the lowest mean bias over α is taken; if all exceed it,
+# the one that exceeds it least. (The paper's criterion isn't public.)
 
 
 # %%
@@ -311,9 +307,10 @@ largest = comparison.loc[comparison["alpha"] == alphas[-1], columns]
 largest.style.hide(axis="index").format(precision=2).set_caption(f"α = {alphas[-1]:g}")
 
 # %% [markdown]
-# **Health.** What should stay, or what no claim is about. *meaning*: StereoSet's language-modelling score, how
-# often a meaningful sentence is likelier than the unrelated one. *pronouns: names*: the slope after first
-# names, which tell the gender. Another measure of bias says whether the fix is one of the measure alone.
+# **Health.** What should stay, or what no claim is about. *meaning*: StereoSet's language-modelling score,
+# how often a meaningful sentence is likelier than the unrelated one. *pronouns: names*: the slope after
+# first names, which tell the gender. Another measure of bias says whether the fix is one of the measure
+# alone.
 
 # %%
 if health:

@@ -1,14 +1,10 @@
 # ---
 # jupyter:
 #   jupytext:
-#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
-#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -88,9 +84,8 @@ transformers.utils.logging.disable_progress_bar()
 # %%
 run = start("04_multi_bias_correlation", globals())
 choose(axes_fidelity, ("exact", "gradient"), "axes_fidelity")
-authors = {**published.means(published_source), **published.scores(published_source)}
-authors |= {m: t for m, t in published.means(published_source).items() if authors[m]["axis"].nunique() == 1}
-authors = {m: t for m, t in authors.items() if t["axis"].nunique() > 1}
+by_seed = {m: t for m, t in published.scores(published_source).items() if t["axis"].nunique() > 1}
+authors = published.means(published_source) | by_seed
 net = load(model, revision=revision or None, dtype=dtype, device=device)
 texts = {"source": prompts_source, "max_new_tokens": max_new_tokens, "batch_rows": batch_rows}
 if any(axis.startswith("texts") for axis in axes):
@@ -106,10 +101,11 @@ run.inputs(lm=net, **used, **corpora, **authors)
 # ## 1 The authors' own scores
 # Published for four models: bias without each head, on five axes. `r`: Pearson correlation over heads, one
 # seed's axis against another seed's, so that the noise of shared prompts drops out (95 % over heads);
-# `disattenuated`: divided by how well each axis agrees with itself. For GPT-Neo 1.3B only means over seeds are
-# published: their correlations hold that noise, too. *Non-critical*: without the 30 % of heads whose loss harms
-# perplexity most, which change every bias at once. Then what pruning for gender does to the other axes:
-# `lower`, bias without a candidate − bias without a picked head; `own`, picked for that axis itself.
+# `disattenuated`: divided by how well each axis agrees with itself. For GPT-Neo 1.3B only means over seeds
+# are published: their correlations hold that noise, too. *Non-critical*: without the 30 % of heads whose
+# loss harms perplexity most, which change every bias at once. Then what pruning for gender does to the
+# other axes: `lower`, bias without a candidate − bias without a picked head; `own`, picked for that axis
+# itself.
 
 # %%
 if authors:
@@ -129,9 +125,9 @@ else:
 
 # %% [markdown]
 # ## 2 Our model: is there bias, and can the effects of heads on it be measured?
-# `floor`: mean size of the bias under the permutation null; `p`: how often that gives as much as there is. `r`:
-# reliability of z_bias, the bias that a head's removal takes away: correlation of halves of the clusters,
-# stepped up (95 % over heads). An axis is read where there is bias and effects agree.
+# `floor`: mean size of the bias under the permutation null; `p`: how often that gives as much as there is.
+# `r`: reliability of z_bias, the bias that a head's removal takes away: correlation of halves of the
+# clusters, stepped up (95 % over heads). An axis is read where there is bias and effects agree.
 
 
 # %%

@@ -1,14 +1,10 @@
 # ---
 # jupyter:
 #   jupytext:
-#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
-#     notebook_metadata_filter: kernelspec,jupytext,-widgets
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -115,11 +111,11 @@ def measure(x: str, side: str):
     )
 
 
-whole = {x: measure(x, "all") for x in trust_measures}
-alike, test = ({x: measure(x, side) for x in same_bias} for side in ("all", "test"))
+whole = {x: measure(x, "all") for x in dict.fromkeys([*trust_measures, *same_bias])}
+test = {x: measure(x, "test") for x in same_bias}
 main, valid = same_bias[0], measure(same_bias[0], "valid")
 corpora = {f"{split} prose": prose.corpus(corpus_name, split) for split in ("valid", "test")}
-sides = {"all": whole | alike, "valid": {main: valid}, "test": test}
+sides = {"all": whole, "valid": {main: valid}, "test": test}
 used = {f"{x}, {side}": m.items for side, of in sides.items() for x, m in of.items()}
 run.inputs(lm=net, **used, **corpora, **known)
 
@@ -148,10 +144,10 @@ else:
 
 # %% [markdown]
 # ## 2 Reliability is a property of the measure
-# First-order effects of all heads on each measure. Split half: correlation of head effects in two halves of the
-# items' clusters, stepped up to all of them; the line grows with the number of items. `seconds`: what the
-# effects cost. `needed`: items for the wanted reliability, by Spearman and Brown's formula. Reliability without
-# bias (p) is a warning: a head that makes all texts vary more raises the noise everywhere.
+# First-order effects of all heads on each measure. Split half: correlation of head effects in two halves of
+# the items' clusters, stepped up to all of them; the line grows with the number of items. `seconds`: what
+# the effects cost. `needed`: items for the wanted reliability, by Spearman and Brown's formula. Reliability
+# without bias (p) is a warning: a head that makes all texts vary more raises the noise everywhere.
 
 
 # %%
@@ -159,13 +155,6 @@ def without_heads(one, x: str) -> pd.DataFrame:  # to first order
     begin = time.time()
     frame = one.first_order(net).frame()
     return frame.assign(measure=x, seconds=time.time() - begin)
-
-
-def first_order(measures: dict, name: str) -> tuple[dict, list]:  # readings by measure; seconds
-    frame = run.pieces(name, {x: partial(without_heads, one, x) for x, one in measures.items()})
-    parts = dict(list(frame.groupby("measure", sort=False)))
-    seconds = [part["seconds"].iloc[0] for part in parts.values()]
-    return {x: measures[x].readings(part.dropna(axis=1)) for x, part in parts.items()}, seconds
 
 
 def grown(name: str, one, counts: list) -> pd.DataFrame:
@@ -180,14 +169,17 @@ def grown(name: str, one, counts: list) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-reads, seconds = first_order(whole, "head_effects")
+frame = run.pieces("head_effects", {x: partial(without_heads, one, x) for x, one in whole.items()})
+parts_of = dict(list(frame.groupby("measure", sort=False)))
+reads = {x: whole[x].readings(part.dropna(axis=1)) for x, part in parts_of.items()}
 table = [{"measure": x, **r.detect(cluster="cluster"), **reliability.split_half(r)} for x, r in reads.items()]
-table = pd.DataFrame(table).assign(seconds=seconds)
+table = pd.DataFrame(table).assign(seconds=[part["seconds"].iloc[0] for part in parts_of.values()])
 odds = table["r"] / (1 - table["r"]) * (1 - wanted_reliability) / wanted_reliability
 table["needed"] = np.ceil(table["n"] / odds).where(odds > 0)
 by_measure = run.frame("measures", lambda: table).set_index("measure")
-counts = {x: [n for n in trust_counts if n < len(r.items)] + [len(r.items)] for x, r in reads.items()}
-grows = run.frame("growth", lambda: pd.concat([grown(x, r, counts[x]) for x, r in reads.items()]))
+counts = {x: [n for n in trust_counts if n < len(reads[x].items)] for x in trust_measures}
+to_grow = {x: [*counts[x], len(reads[x].items)] for x in trust_measures}
+grows = run.frame("growth", lambda: pd.concat([grown(x, reads[x], n) for x, n in to_grow.items()]))
 style = {"low": "low", "high": "high", "logx": True, "reference": wanted_reliability, "ylabel": "reliability"}
 run.figure(figures.lines(grows, "items", "r", "measure", **style, xlabel="items"), "growth")
 by_measure.style.format(precision=3, na_rep="–")
@@ -219,10 +211,8 @@ noise.style.hide(axis="index").format(precision=2).set_caption(caption)
 # fifth of heads in the other's; `overlap_itself`: the ceiling.
 
 # %%
-same, _ = first_order(alike, "same_bias")
-table = [{"measure": x, **r.detect(cluster="cluster"), **reliability.split_half(r)} for x, r in same.items()]
-same_table = run.frame("same_measures", lambda: pd.DataFrame(table))
-usable = {r.measure: same[r.measure] for r in same_table.itertuples() if r.p < p_bias and r.low > 0}
+same = by_measure.loc[same_bias]
+usable = {x: reads[x] for x in same.index[(same["p"] < p_bias) & (same["low"] > 0)]}
 n_top = max(1, n_heads // 5)
 
 
@@ -246,16 +236,15 @@ def compared() -> pd.DataFrame:
 
 columns = ["a", "b", "disattenuated", "low", "high", "positive", "overlap", "overlap_itself"]
 agree = run.frame("agreement", compared) if len(usable) > 1 else pd.DataFrame(columns=columns, dtype=float)
-display(same_table.style.hide(axis="index").format(precision=3))
 agree.style.hide(axis="index").format(precision=2).set_caption("" if len(agree) else "No two can be read.")
 
 # %% [markdown]
 # ## 4 Held-out items, and several heads at once
-# `left`: of the tenth of the heads with the highest z_bias on validation items, what share of their advantage
-# over other heads that may be picked is left on test items (by removal; 95 % over clusters). Then the sum of
-# effects: pairs of the heads with the highest z_bias, and growing sets, removed together. `slope`: joint effect
-# per sum of single effects (1: they add up), sums in one half of the clusters against joint effects in the
-# other: in the same items a sum holds the unpruned model's noise once per head.
+# `left`: of the tenth of the heads with the highest z_bias on validation items, what share of their
+# advantage over other heads that may be picked is left on test items (by removal; 95 % over clusters). Then
+# the sum of effects: pairs of the heads with the highest z_bias, and growing sets, removed together.
+# `slope`: joint effect per sum of single effects (1: they add up), sums in one half of the clusters against
+# joint effects in the other: in the same items a sum holds the unpruned model's noise once per head.
 
 # %%
 n_picked = max(1, n_heads // 10)
@@ -406,9 +395,9 @@ kinds.style.hide(axis="index").format(precision=2)
 
 # %% [markdown]
 # ## 7 Verdict, and what follows for users
-# Before you trust your own scores: look at their reliability and at the items `needed`; use a second measure;
-# distrust a correlation without its ceiling, a bias without its floor, a selection judged on the items that it
-# was made with, and a sum of single effects.
+# Before you trust your own scores: look at their reliability and at the items `needed`; use a second
+# measure; distrust a correlation without its ceiling, a bias without its floor, a selection judged on the
+# items that it was made with, and a sum of single effects.
 
 
 # %%
@@ -419,7 +408,7 @@ def conclude(claim: str, case: str, ends, good, bad, why: str, biased=True) -> N
 
 
 rows, (least, most) = [], additive
-for x, r in by_measure.iterrows():
+for x, r in by_measure.loc[trust_measures].iterrows():
     good, bad = (
         r["low"] >= wanted_reliability - 0.1 and r["r"] >= wanted_reliability,
         r["high"] < wanted_reliability,
@@ -430,7 +419,7 @@ mine = agree[(agree["a"] == main) | (agree["b"] == main)]
 ends = mine["disattenuated"].mean(), mine["low"].min(), mine["high"].max()
 why = f"{mine['positive'].sum():.0f} of {len(same_bias) - 1} measures positive, {len(mine)} readable"
 good, bad = 0 < mine["positive"].sum() == len(same_bias) - 1, len(mine) and mine["high"].lt(weak).all()
-conclude("F7", main, ends, good, bad, why, same_table["p"].lt(p_bias).sum() > 1)
+conclude("F7", main, ends, good, bad, why, same["p"].lt(p_bias).sum() > 1)
 r = held_out.iloc[0]
 why, left_ends = f"{r['picked']:.0f} heads", r[["left", "left_low", "left_high"]]
 conclude("F5 ours", main, left_ends, r["left_low"] > kept_share, r["left_high"] < kept_share, why)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from biasprune.core.data import choose
-from biasprune.core.model import LM, Anatomy, anatomy, weight_of
+from biasprune.core.model import LM, Anatomy, anatomy, query_projections, weight_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +113,7 @@ def _removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
 
 
 def _hook(mask: Tensor, mean: Tensor | None = None, *, output: bool = False) -> Callable:
-    """A hook that multiplies a projection's input, or output (batch rows, tokens, width), by mask (rows, width).
-
-    What the mask takes away of an input, ``mean`` (width,) fills up.
-    """
+    """Multiply a projection's input or output (batch rows, tokens, width) by mask (rows, width); ``mean`` fills up."""
     scale, fill = mask[:, None], None if mean is None else (1 - mask[:, None]) * mean.to(mask)
 
     def apply(x: Tensor) -> Tensor:
@@ -149,14 +146,15 @@ def _query_scales(lm: LM, heads: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Query projections, and what their output is multiplied by: without a query, attention is uniform."""
     if heads.requires_grad:
         raise ValueError("uniform ablation has no first-order effects: remove the heads one by one (exact).")
-    for i, name in enumerate(lm.anatomy.q_projs):
+    for i, name in enumerate(query_projections(lm)):
         mask = heads[:, i].repeat_interleave(lm.anatomy.head_dim, dim=-1)
         if name.endswith("c_attn"):  # GPT-2: q, k, v
             mask = torch.cat([mask, torch.ones_like(mask).repeat(1, 2)], -1)
         elif name.endswith("query_key_value"):  # GPT-NeoX: heads · (q, k, v)
             q = mask.unflatten(-1, (-1, 1, lm.anatomy.head_dim))
             mask = torch.cat([q, torch.ones_like(q).repeat(1, 1, 2, 1)], 2).flatten(1)
-        yield name, mask
+        if not bool((mask == 1).all()):
+            yield name, mask
 
 
 @contextmanager
@@ -182,8 +180,8 @@ def ablating(lm: LM, how: str, ids: Tensor) -> LM:
     tokens that they may attend to, since they lose their queries, and MLP units by zero.
     """
     choose(how, ("zero", "mean", "uniform"), "ablation")
-    if how == "uniform" and len(lm.anatomy.q_projs) != lm.anatomy.n_layers:
-        raise ValueError(f"{type(lm.model).__name__}: uniform ablation needs query projections, and found none.")
+    if how == "uniform":
+        query_projections(lm)
     means: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for name in (*lm.anatomy.out_projs, *lm.anatomy.down_projs) if how == "mean" else ():

@@ -48,7 +48,7 @@ class Anatomy:
     n_kv_heads: int
     head_dim: int
     n_units: int  # MLP units of a layer
-    q_projs: tuple[str, ...]  # query projections, some with keys and values; none where they weren't found
+    q_projs: tuple[str, ...]  # see query_projections
 
     @property
     def n_layers(self) -> int:
@@ -149,6 +149,13 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise ValueError(f"{type(model).__name__}: MLPs of unequal width {sorted(widths)} aren't supported.")
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     return Anatomy(*zip(*names, strict=True), n_heads, n_kv_heads, head_dim, widths.pop(), tuple(queries))
+
+
+def query_projections(lm: LM) -> tuple[str, ...]:
+    """Names of the query projections, one per layer, some with keys and values; ValueError where they weren't found."""
+    if len(lm.anatomy.q_projs) != lm.anatomy.n_layers:
+        raise ValueError(f"{type(lm.model).__name__}: no query projection found; looked for {', '.join(Q_PROJ)}.")
+    return lm.anatomy.q_projs
 
 
 def wrap(

@@ -68,11 +68,11 @@ def redrawn_mean(estimates: Sequence[Estimate], seed: int = 0) -> Estimate:
     k of them drawn again vary less than k new ones would, by √((k − 1) / k) and Student's t, by which their deviations
     are stretched; a single one stays as it is. With the same ``seed``, means of different measures are paired.
     """
-    draws, k = np.stack([e.draws for e in estimates]), len(estimates)
+    draws, k, whole = np.stack([e.draws for e in estimates]), len(estimates), mean(estimates)
     again = np.random.default_rng(seed).integers(k, size=draws.shape)
-    deviation = np.take_along_axis(draws, again, 0).mean(0) - draws.mean(0)
+    deviation = np.take_along_axis(draws, again, 0).mean(0) - whole.draws
     stretch = np.sqrt(k / (k - 1)) * stats.t.ppf(0.975, k - 1) / 1.96 if k > 1 else 0.0
-    return Estimate(float(np.mean([e.point for e in estimates])), draws.mean(0) + stretch * deviation)
+    return Estimate(whole.point, whole.draws + stretch * deviation)
 
 
 def over_seeds(values: ArrayLike) -> tuple[float, float, float]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import pandas as pd
-
 from biasprune.core.data import half, read_csv
 from biasprune.measures import judges, pairs, prompts
 from biasprune.measures.base import Measure
@@ -40,10 +38,10 @@ def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any
         if by := kind.partition(" by ")[2]:
             how["judge"] = judges.load(by)
         return toxicity(table, **how)
-    table = read_csv(kind) if kind.endswith(".csv") else pd.DataFrame()
-    make = pairs.meaning if kind == "meaning" else partial(pairs.pairs, spec)
-    if "a" in table:
-        table, make = table.assign(share=table["share"].astype(float)), partial(choices, spec, bias=share_slope)
+    if kind.endswith(".csv") and "a" in (own := read_csv(kind)):
+        table, make = own.assign(share=own["share"].astype(float)), partial(choices, spec, bias=share_slope)
+    elif kind == "meaning":
+        table, make = pairs.sentences("stereoset", axis), pairs.meaning
     else:
-        table = pairs.sentences("stereoset" if kind == "meaning" else kind, axis)
+        table, make = pairs.sentences(kind, axis), partial(pairs.pairs, spec)
     return make(pairs.subset(table[table["cluster"].map(half).eq(side) | (side == "all")], n))

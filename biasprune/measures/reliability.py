@@ -66,13 +66,17 @@ def across_halves(
     The interval is over clusters: a jackknife over blocks of them, with Student's t (Tukey 1958).
     """
     halves = Halves(readings)
-    whole = np.asarray(statistic(halves.z(n_splits)))
+    return np.asarray(statistic(halves.z(n_splits))), _reach(halves, statistic, n_splits, n_blocks)
+
+
+def _reach(halves: Halves, statistic: Statistic, n_splits: int, n_blocks: int = 20) -> np.ndarray:
+    """Half the width of the interval of ``across_halves``."""
     block = halves.ranked(np.random.default_rng([0, 1])) % n_blocks
     splits, left = -(-n_splits // 2), []
     for b in range(n_blocks):  # the same halvings each time
         left.append(statistic(halves.z(splits, (0, 2), block != b)))
     error = np.sqrt((n_blocks - 1) ** 2 / n_blocks * np.var(left, axis=0, ddof=1))
-    return whole, stats.t.ppf(0.975, n_blocks - 1) * error
+    return stats.t.ppf(0.975, n_blocks - 1) * error
 
 
 def correlation(x: np.ndarray, y: np.ndarray, method: str = "spearman") -> np.ndarray:
@@ -165,8 +169,9 @@ def correlations(
         diagonal = np.where(np.diag(c) > 0, np.diag(c), np.nan)
         return c / np.sqrt(np.outer(diagonal, diagonal))
 
-    whole, reach = across_halves(readings, ratio, n_splits=n_splits)
-    z = Halves(readings).z(n_splits)
+    halves = Halves(readings)
+    z = halves.z(n_splits)
+    whole, reach = ratio(z), _reach(halves, ratio, n_splits)
     itself = spearman_brown(np.nanmean(correlation(z[:, :, 0], z[:, :, 1], method), axis=0), 2).clip(0)
     z = centred(z, method)
     covariance, n, rng = covariances(z), z.shape[-1], np.random.default_rng([0, 3])

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from biasprune.core.masks import Pruning
-from biasprune.core.model import LM, weight_of
+from biasprune.core.model import LM, query_projections, weight_of
 from biasprune.core.stats import Estimate, Readings, mean, redrawn_mean
 from biasprune.measures.base import Measure
 from biasprune.measures.prose import Prose
@@ -70,6 +70,8 @@ def compare(
         health = health.join(texts.agg(score=("value", "mean"), distinct=("text", lambda t: t.nunique() / len(t))))
         health["empty"] = texts["text"].agg(lambda t: (t.str.strip() == "").mean())
     estimates["size"] = {p: e.map(np.abs) for p, e in estimates["bias"].items()}
+    # of the logarithm, lest the mean of a few random draws reach below 0
+    estimates["perplexity"] = {p: e.map(np.log) for p, e in estimates["perplexity"].items()}
     rows, changes = [], {}
     for key, part in chosen.groupby(list(by), sort=False):
         draws = [of_draw for _, of_draw in part.groupby("draw")["pruning"]]
@@ -78,50 +80,31 @@ def compare(
         changes[key] = (of.pop("size") - estimates["size"][""]) * (100 / estimates["size"][""].point)
         row = dict(zip(by, key, strict=True)) | {"pruned": part["pruning"].str.split().str.len().mean()}
         row |= changes[key].row("change")
+        log_ppl = of.pop("perplexity")
+        cost = log_ppl.row("ppl") | (log_ppl - estimates["perplexity"][""]).row("ppl_ratio")
+        row |= {k: np.exp(v) for k, v in cost.items()}
         for name, one in of.items():
-            row |= one.row("ppl" if name == "perplexity" else name)
-        ratio = (of["perplexity"] / estimates["perplexity"][""]).map(np.log).row("ppl_ratio")
-        rows.append(row | {k: np.exp(v) for k, v in ratio.items()} | dict(health.loc[part["pruning"]].mean()))
+            row |= one.row(name)
+        rows.append(row | dict(health.loc[part["pruning"]].mean()))
     table = pd.DataFrame(rows)  # a basic interval can reach beyond what there is
     return table.assign(change_low=table["change_low"].clip(-100)), changes
 
 
 # ---- scores that need no generation: FASP's baselines ------------------------------------------------
 
-_QKV = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-    ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
-)
-_FUSED = ("attn.c_attn", "attention.query_key_value")  # GPT-2: q, k, v; GPT-NeoX: heads · (q, k, v)
 
-
-def _module(layer: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return layer.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _rows_per_head(lm: LM, layer: nn.Module) -> list[Tensor]:
+def _rows_per_head(lm: LM, query: str) -> list[Tensor]:
     """The q, k and v parameters of a layer, each as (heads, anything)."""
-    a, parts = lm.anatomy, []
-    for names in _QKV:
-        if _module(layer, names[0]) is None:
-            continue
-        for name, heads in zip(names, (a.n_heads, a.n_kv_heads, a.n_kv_heads), strict=True):
-            for p in layer.get_submodule(name).parameters():
-                # heads of a group share their keys and values
-                parts.append(p.reshape(heads, -1).repeat_interleave(a.n_heads // heads, 0))
-        return parts
-    if (fused := _module(layer, _FUSED[0])) is not None:
-        return [rows for p in (fused.weight.T, fused.bias) for rows in p.reshape(3, a.n_heads, -1)]
-    if (fused := _module(layer, _FUSED[1])) is not None:
-        return [p.reshape(a.n_heads, -1) for p in fused.parameters()]
-    raise ValueError(
-        f"{type(lm.model).__name__}: no query, key and value projections were found for the magnitude baseline; "
-        f"looked for {', '.join(n[0] for n in _QKV)}, {', '.join(_FUSED)}."
-    )
+    a, fused, parts = lm.anatomy, list(lm.model.get_submodule(query).parameters()), []
+    if query.endswith("c_attn"):  # GPT-2: q, k, v
+        return [rows for p in fused for rows in p.t().reshape(3, a.n_heads, -1)]
+    if query.endswith("query_key_value"):  # GPT-NeoX: heads · (q, k, v)
+        return [p.reshape(a.n_heads, -1) for p in fused]
+    for letter, heads in (("q", a.n_heads), ("k", a.n_kv_heads), ("v", a.n_kv_heads)):
+        for p in lm.model.get_submodule(query.removesuffix("q_proj") + f"{letter}_proj").parameters():
+            # heads of a group share their keys and values
+            parts.append(p.reshape(heads, -1).repeat_interleave(a.n_heads // heads, 0))
+    return parts
 
 
 @torch.no_grad()
@@ -131,9 +114,9 @@ def magnitude(lm: LM) -> np.ndarray:
     Source: baseline "magnitude" of Zayed et al., AAAI 2024.
     """
     a, norms = lm.anatomy, []
-    for block, out in zip(a.layers, a.out_projs, strict=True):
+    for query, out in zip(query_projections(lm), a.out_projs, strict=True):
         columns = weight_of(lm.model.get_submodule(out)).T.reshape(a.n_heads, -1)
-        parts = [*_rows_per_head(lm, lm.model.get_submodule(block)), columns]
+        parts = [*_rows_per_head(lm, query), columns]
         norms.append(sum(p.float().square().sum(1) for p in parts).sqrt().cpu())
     flat = torch.cat(norms).double().numpy()
     return flat / flat.max()

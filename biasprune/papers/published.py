@@ -76,12 +76,8 @@ def _by_axis(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Axes but religion; bias without each head (axes, seeds, heads); perplexity (heads,)."""
     rows = table[(table["split"] == "valid") & (table["axis"] != "religion")]
     wide = rows.pivot_table(index=["axis", "seed"], columns="head", values="bias").dropna(axis=1)
-    names = wide.index.levels[0].tolist()
-    return (
-        names,
-        wide.to_numpy().reshape(len(names), -1, wide.shape[1]),
-        rows.groupby("head")["ppl"].mean()[wide.columns],
-    )
+    names, ppl = wide.index.levels[0].tolist(), rows.groupby("head")["ppl"].mean()[wide.columns]
+    return names, wide.to_numpy().reshape(len(names), -1, wide.shape[1]), ppl.to_numpy()
 
 
 def axes(table: pd.DataFrame, critical: float = 0.0) -> pd.DataFrame:
@@ -125,12 +121,11 @@ def spill(table: pd.DataFrame) -> pd.DataFrame:
         picked = {s: select.fasp(z[by, s], ppl, gamma=0.3, alpha=0.2) for s in range(seeds)}
         return float(np.mean([z[on, t, free].mean() - z[on, t, picked[s]].mean() for s, t in pairs]))
 
-    gender, ppl, rows = names.index(_GENDER), ppl.to_numpy(), []
+    gender, rows = names.index(_GENDER), []
     drawn = rng.integers(z.shape[2], size=(300, z.shape[2]))
     for k, name in enumerate(names):
         ends = np.quantile([lower(z[..., d], ppl[d], gender, k) for d in drawn], [0.025, 0.975])
-        row = (name, lower(z, ppl, gender, k), *ends, lower(z, ppl, k, k))
-        rows.append(row)
+        rows.append((name, lower(z, ppl, gender, k), *ends, lower(z, ppl, k, k)))
     return pd.DataFrame(rows, columns=["axis", "lower", "low", "high", "own"])
 
 
