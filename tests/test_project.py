@@ -176,7 +176,7 @@ def test_the_findings_in_the_readme_are_those_of_the_claims():
     """Every "(id, low to high)" and rounded figure in README's findings stands in reports/claims.csv."""
     claims = pd.read_csv(ROOT / "reports" / "claims.csv")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    findings = text.split("## What the committed reports say")[1].split("\n### ")[0].replace("−", "-")
+    findings = text.split("## What the committed reports say")[1].split("\n## ")[0].replace("−", "-")
     known = claims[["ours", "low", "high"]].abs().to_numpy().ravel()
     shown = (
         {f"{x:.2f}".lstrip("0") for x in known}
