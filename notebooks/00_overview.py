@@ -74,10 +74,8 @@ parts = [
 sentence = f"Claims with a verdict from one of {n_runs} runs: {'; '.join(parts)}."
 older = sum('"form"' not in path.read_text("utf-8") for path in source.glob("*/*/run.json"))
 if older:
-    where = f"{source.name}/claims.csv and {source.name}/README.md"
-    sentence += (
-        f" {older} records are of the project's first version and aren't read; their verdicts are in {where}."
-    )
+    sentence += f" {older} records are of the project's first version and aren't read"
+    sentence += " (of those in `reports/`, `first-version-claims.csv` keeps the verdicts)."
 display(Markdown(sentence))
 
 # %% [markdown]

@@ -24,7 +24,7 @@
 # head effects can be read; `axes` names them as in 01 (`stereoset: race`, `pronouns: speech`, …).
 #
 # **Cost.** With the defaults (a small model with three planted biases) about a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 9 minutes on two cores without bfloat16, 3 GB.
+# `params/smollm2.yaml`: about 27 minutes on one core without AMX, 5 GB.
 #
 # > **Content warning.** Sentences state stereotypes about social groups; none is shown here.
 
@@ -292,10 +292,7 @@ for name, table in crossed[crossed["which"] == "all heads"].groupby("model", sor
     conclude("F3 published", name, ends_of, table["low"].gt(0).all(), table["high"].lt(0).any(), why)
 verdicts = pd.DataFrame(rows, columns=["id", "case", "ours", "low", "high", "verdict", "why"])
 verdicts = verdicts.join(claims.known().set_index("id")[["claim", "what"]], on="id")
-text = [
-    f"{r.claim}{f' ({r.case})' * bool(r.case)}: **{r.verdict}** ({r.why})." for r in verdicts.itertuples()
-]
-sentence = f"{model}, {len(axes)} axes. {' '.join(text)}"
+sentence = f"{model}, {len(axes)} axes:\n\n{claims.in_words(verdicts)}"
 verdicts.drop(columns="what").style.hide(axis="index").format(precision=2, na_rep="–")
 
 # %%

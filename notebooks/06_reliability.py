@@ -23,7 +23,7 @@
 # several heads (R3), common random numbers (R4), another kind of removal (R5).
 #
 # **Cost.** With the defaults (a small model with a planted truth) two minutes on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 10 minutes on two cores without bfloat16, 3 GB.
+# `params/smollm2.yaml`: about 47 minutes on one core without AMX, 5 GB.
 #
 # > **Content warning.** Sentences state stereotypes, and models continue prompts about social groups in
 # > offensive ways; none is shown here.
@@ -455,10 +455,7 @@ if known:
         conclude("R2", t.model, [t.bias, t.floor, t.floor_95], not above, above, f"{t.prompts} prompts")
 verdicts = pd.DataFrame(rows, columns=["id", "case", "ours", "low", "high", "verdict", "why"])
 verdicts = verdicts.join(claims.known().set_index("id")[["claim", "what"]], on="id")
-texts = [
-    f"{r.claim}{f' ({r.case})' * bool(r.case)}: **{r.verdict}** ({r.why})." for r in verdicts.itertuples()
-]
-sentence = f"{model}. {' '.join(texts)}"
+sentence = f"{model}:\n\n{claims.in_words(verdicts)}"
 if model == "planted":
     place = pd.read_json(net.folder / "truth.json", typ="series")
     assert z_main.argmax() == place["layer"] * net.anatomy.n_heads + place["head"], (

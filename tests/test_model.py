@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
 import transformers as tf
 from conftest import ARCHITECTURES, random_lm, word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from biasprune.core import data, model
@@ -67,14 +71,14 @@ def test_hub_id_is_pinned_to_the_commit_it_resolves_to(monkeypatch, tmp_path):
     source.model.save_pretrained(commit)
     word_tokenizer().save_pretrained(commit)
 
-    def download(name, revision, allow_patterns):
+    def download(name, revision, allow_patterns, ignore_patterns):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(commit)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     loaded = model.load("somebody/model", revision="main", device="cpu")
     assert loaded.revision == "0123abcd"
-    assert asked["revision"] == "main" and "*.py" not in asked["patterns"]
+    assert asked["revision"] == "main" and "*.py" not in asked["patterns"] and "*.jinja" in asked["patterns"]
     torch.testing.assert_close(logits(loaded), logits(source))
 
 
@@ -85,6 +89,25 @@ def test_only_safetensors(tmp_path):
     torch.save(source.model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="could not be loaded"):
         model.load(tmp_path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_folder_that_lacks_weights_or_has_others_is_refused(data):
+    """transformers only warns, and runs on random numbers."""
+    source = random_lm(data.draw(st.sampled_from(["gpt2", "llama", "opt"])))
+    with tempfile.TemporaryDirectory() as folder:
+        source.model.save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
+        torch.testing.assert_close(logits(model.load(folder, device="cpu")), logits(source))
+        weights = load_file(f"{folder}/model.safetensors")
+        dropped = data.draw(st.sets(st.sampled_from(sorted(weights)), max_size=4))
+        weights = {name: w for name, w in weights.items() if name not in dropped}
+        if not dropped or data.draw(st.booleans()):
+            weights["adapter.weight"] = torch.ones(2)
+        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="isn't a whole .*missing" if dropped else "unexpected: adapter.weight"):
+            model.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16", "bf16", None])

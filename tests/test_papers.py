@@ -267,6 +267,15 @@ def test_the_command_of_a_run_makes_it_again():
     assert words[3] == "-y" and yaml.safe_load(words[4]) == {"model": "it's"}
 
 
+def test_verdicts_in_words_have_an_item_per_claim():
+    rows = [("Heads agree", "race", "reproduced", "r .9"), ("Effects add up", "", "too uncertain", "2 sets")]
+    rows.append(("Heads agree", "tone", "no bias to test", "p .4"))
+    verdicts = pd.DataFrame(rows, columns=["claim", "case", "verdict", "why"])
+    first, second = claims.in_words(verdicts).split("\n")
+    assert first == "- Heads agree: race: **reproduced** (r .9); tone: **no bias to test** (p .4)."
+    assert second == "- Effects add up: **too uncertain** (2 sets)."
+
+
 def test_the_claims_name_what_there_is():
     known = claims.known()
     papers = ["FASP", "FASP (implied)", "Breaking Down Bias", "Downstream mitigation", "Steed et al. 2022"]

@@ -105,8 +105,7 @@ def weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as f:
-            while block := f.read(1 << 24):
-                digest.update(block)
+            hashlib.file_digest(f, lambda: digest)  # which it updates
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -207,8 +206,9 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str]:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise ValueError(f"No such model folder: {name!r}. Known names: {known}.")
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        files = {"allow_patterns": ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]}
+        files["ignore_patterns"] = ["*/*", "consolidated*"]  # the same weights in other forms
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **files))
     except Exception as e:  # the hub's client has a dozen error types: one message serves them all
         raise ValueError(
             f"{name!r} is no packaged model or local folder, and could not be had from the Hugging Face hub "
@@ -239,7 +239,7 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: str = "
     """Load a decoder by packaged name, small-model name, local folder, or Hugging Face hub id.
 
     dtype is as in ``number_format``; "auto" is the checkpoint's. Device "auto" takes a GPU if there is one. ValueError:
-    an unknown model, dtype, device or architecture, or no safetensors. FetchError: no download of a packaged model.
+    unknown model, dtype, device or architecture, missing or unexpected weights. FetchError: no download of a package.
     """
     dtype = number_format(dtype, device)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -248,11 +248,15 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: str = "
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {device!r} can't be used here: {str(e).strip().splitlines()[0]}") from e
     folder, origin = locate(name := os.fspath(name), revision)
+    how = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, KeyError, ValueError, SafetensorError) as e:
         raise ValueError(f"{name} could not be loaded from {folder}: {e}") from e
+    for what in ("missing", "unexpected"):  # transformers fills in random numbers, or drops them, and only warns
+        if wrong := sorted(info[f"{what}_keys"]):
+            raise ValueError(f"{folder} isn't a whole {type(model).__name__}: {what}: {', '.join(wrong[:3])} …")
     return wrap(model.to(device), tokenizer, name=name, folder=folder, origin=origin)
 
 

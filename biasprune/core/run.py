@@ -100,9 +100,8 @@ def start(notebook: str, cell: Mapping[str, Any]) -> Run:
 
 def _plain(value: Any) -> Any:
     """What JSON can't write itself: arrays and numbers of numpy, sets, paths."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+    others = sorted if isinstance(value, set | frozenset) else str
+    return value.tolist() if hasattr(value, "tolist") else others(value)
 
 
 class Run:
@@ -132,9 +131,7 @@ class Run:
         write_text(self.folder / "run.json", json.dumps(self.record, indent=1) + "\n")
 
     def inputs(self, *, lm: LM | None = None, model: dict | None = None, **inputs: pd.DataFrame | str) -> pd.DataFrame:
-        """Note what goes into the run: a decoder, or facts about another model (name, dtype, device, …), and tables and
-        texts by name, of which digests are kept. A small table of it, to show.
-        """
+        """Note a decoder, or facts about another model (name, dtype, …), and digests of tables and texts; to show."""
         facts = provenance(lm)
         facts["model"] = facts.get("model") or {"name": "–", "dtype": "–", **(model or {})}
         facts["device"] = facts["model"].pop("device", facts["device"])

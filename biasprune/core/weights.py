@@ -34,11 +34,10 @@ class Examples:
         return torch.arange(len(self.ids)).split(max(1, batch_tokens // self.ids.shape[1]))
 
 
-def examples(prompts: Sequence[list[int]], responses: Sequence[list[int]], *, whole: bool = False) -> Examples:
-    """Prompts with responses, as token ids; the responses' tokens count, or with ``whole`` all but the first."""
+def examples(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Examples:
+    """Prompts with responses, as token ids; the responses' tokens count."""
     rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
-    first = [1 if whole else max(1, len(p)) for p in prompts]
-    counted = [torch.arange(len(row)) >= f for row, f in zip(rows, first, strict=True)]
+    counted = [torch.arange(len(row)) >= max(1, len(p)) for row, p in zip(rows, prompts, strict=True)]
     return Examples(*(nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, counted)))
 
 

@@ -28,6 +28,16 @@ def known() -> pd.DataFrame:
     return data.read_csv(data.data_dir() / "claims.csv")
 
 
+def in_words(verdicts: pd.DataFrame) -> str:
+    """A Markdown list with an item per claim: its cases with verdict and reason, as far as it has several.
+
+    verdicts: columns claim, case, verdict, why.
+    """
+    said = verdicts["case"].where(verdicts["case"] == "", verdicts["case"] + ": ")
+    said = (said + "**" + verdicts["verdict"] + "** (" + verdicts["why"] + ")").groupby(verdicts["claim"], sort=False)
+    return "\n".join(f"- {claim}: {'; '.join(cases)}." for claim, cases in said)
+
+
 def command(notebook: str, params: str, config: dict | None = None) -> str:
     """The shell command that makes a run again: its parameter file, and where its config differs from it."""
     folder, given = parameters.notebooks_dir(), {}
