@@ -84,7 +84,7 @@ from statsmodels.stats.multitest import multipletests
 from biasprune import figures
 from biasprune.core import weights
 from biasprune.core.masks import Pruning, ablating, masked
-from biasprune.core.model import load
+from biasprune.core.model import load, query_projections
 from biasprune.core.run import start
 from biasprune.core.stats import mean, verdict
 from biasprune.measures import judges, named, pairs, prompts, prose, reliability
@@ -99,6 +99,8 @@ run = start("06_reliability", globals())
 known = published.scores(published_source)
 net = load(model, revision=revision or None, dtype=dtype, device=device)
 n_heads, single = net.anatomy.n_flat, heads.single_heads(net)
+if "uniform" in ablations:
+    query_projections(net)  # refused before hours of work where they aren't known
 texts = {"source": prompts_source, "seeds": trust_seeds, "max_new_tokens": max_new_tokens}
 texts |= {"batch_rows": batch_rows, "frame": likelihood_frame}
 if noise_axis or any(x.startswith("texts:") for x in [*trust_measures, *same_bias]):

@@ -74,6 +74,13 @@ ARCHITECTURES = {
         **_ends,
     ),
 }
+_experts = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {  # decoders whose MLPs are mixtures of experts: their heads can be pruned, their units not
+    "mixtral": tf.MixtralConfig(**_llama, num_local_experts=4, num_experts_per_tok=2, **_ends),
+    "qwen3_moe": tf.Qwen3MoeConfig(**_llama, head_dim=16, **_experts, **_ends),
+    "olmoe": tf.OlmoeConfig(**_llama, num_experts=4, num_experts_per_tok=2, **_ends),
+    "qwen3_moe, a dense layer": tf.Qwen3MoeConfig(**_llama, head_dim=16, mlp_only_layers=[1], **_experts, **_ends),
+}
 
 
 def word_tokenizer() -> tf.PreTrainedTokenizerFast:
@@ -90,7 +97,7 @@ def word_tokenizer() -> tf.PreTrainedTokenizerFast:
 def random_lm(name: str, seed: int = 0) -> LM:
     """A tiny decoder with random weights, large enough in scale that heads matter."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name]))
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy((ARCHITECTURES | EXPERTS)[name]))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:

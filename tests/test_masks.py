@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from conftest import EXPERTS, random_lm
 from hypothesis import given
 from hypothesis import strategies as st
 
 from biasprune.core import masks, model
-from biasprune.core.likelihood import mask_gradients
+from biasprune.core.likelihood import mask_gradients, token_log_probs
 from biasprune.core.masks import Pruning, ablating, export, masked, scaled
 from biasprune.core.model import weight_of
 
@@ -59,6 +60,28 @@ def test_units_alone_equal_zeroed_columns(arch_lm):
     removed_by_hand(arch_lm, [], [unit])
     torch.testing.assert_close(by_mask, logits(arch_lm), atol=1e-5, rtol=1e-5)
     assert not torch.equal(by_mask, clean)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_heads_beside_experts(name):
+    """Pruned heads equal zeroed columns, row by row; first-order effects are the differences; units are refused."""
+    lm = random_lm(name)
+    prunings, ids, end = [Pruning({0, 5}), Pruning()], IDS[[0, 0]], partial(token_log_probs, counted=IDS[[0, 0]] > -1)
+    with masked(lm, prunings):
+        by_mask = logits(lm, ids)
+    torch.testing.assert_close(by_mask[1:], logits(lm, IDS[:1]), atol=1e-5, rtol=1e-5)
+    slopes = mask_gradients(lm, [(torch.arange(2), ids)], lambda n, x: end(lm, x).sum(1), 2)[0, 0, 0]
+    step, sums = 1e-3, []
+    for size in (1 + step, 1 - step):
+        mask = torch.ones(1, 3, 4)
+        mask[0, 0, 0] = size
+        with torch.no_grad(), scaled(lm, heads=mask):
+            sums.append(end(lm, ids).sum(1)[0].item())
+    assert slopes == pytest.approx((sums[0] - sums[1]) / (2 * step), rel=0.05, abs=0.02)
+    with pytest.raises(ValueError, match="MLP units can't be pruned .*heads can"):
+        mask_gradients(lm, [(torch.arange(2), ids)], lambda n, x: end(lm, x).sum(1), 2, "units")
+    removed_by_hand(lm, [0, 5], [])
+    torch.testing.assert_close(by_mask[:1], logits(lm, IDS[:1]), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_carry_their_own_pruning(arch_lm):

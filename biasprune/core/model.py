@@ -43,7 +43,7 @@ class Anatomy:
 
     layers: tuple[str, ...]  # blocks
     out_projs: tuple[str, ...]  # attention output projections
-    down_projs: tuple[str, ...]  # last MLP matrices
+    down_projs: tuple[str, ...]  # last MLP matrices; see unit_projections
     n_heads: int  # query heads of a layer
     n_kv_heads: int
     head_dim: int
@@ -126,28 +126,28 @@ def _find(parent: nn.Module, names: tuple[str, ...], what: str, model: nn.Module
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Find the parts of a decoder. ValueError if one isn't found, or layers or heads are of unequal size."""
+    """Find the parts of a decoder. ValueError if layers or heads aren't found, or are of unequal size."""
     config = model.config.get_text_config()
     root = _find(model, LAYERS, "list of layers", model)
     n_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    names, queries, widths = [], [], set()
+    names, queries, downs = [], [], []
     for i, layer in enumerate(model.get_submodule(root)):
         out = _find(layer, OUT_PROJ, f"attention output projection in layer {i}", model)
-        down = _find(layer, DOWN_PROJ, f"MLP output projection in layer {i}", model)
         width = weight_of(layer.get_submodule(out)).shape[1]
         if width != n_heads * head_dim:
             raise ValueError(
                 f"{type(model).__name__}: {out} of layer {i} takes {width} inputs, but the configuration has "
                 f"{n_heads} heads of {head_dim}; heads of unequal number or size aren't supported."
             )
-        queries += [f"{root}.{i}.{name}" for name, _ in layer.named_modules() if name in Q_PROJ]
-        names.append((f"{root}.{i}", f"{root}.{i}.{out}", f"{root}.{i}.{down}"))
-        widths.add(weight_of(layer.get_submodule(down)).shape[1])
-    if len(widths) != 1:
-        raise ValueError(f"{type(model).__name__}: MLPs of unequal width {sorted(widths)} aren't supported.")
+        names.append((f"{root}.{i}", f"{root}.{i}.{out}"))
+        for found, known in ((queries, Q_PROJ), (downs, DOWN_PROJ)):
+            found += [f"{root}.{i}.{name}" for name, _ in layer.named_modules() if name in known]
+    widths = {weight_of(model.get_submodule(name)).shape[1] for name in downs}
+    if len(downs) != len(names) or len(widths) != 1:
+        downs, widths = [], {0}  # with experts, heads can be pruned all the same
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    return Anatomy(*zip(*names, strict=True), n_heads, n_kv_heads, head_dim, widths.pop(), tuple(queries))
+    return Anatomy(*zip(*names, strict=True), tuple(downs), n_heads, n_kv_heads, head_dim, widths.pop(), tuple(queries))
 
 
 def query_projections(lm: LM) -> tuple[str, ...]:
@@ -155,6 +155,13 @@ def query_projections(lm: LM) -> tuple[str, ...]:
     if len(lm.anatomy.q_projs) != lm.anatomy.n_layers:
         raise ValueError(f"{type(lm.model).__name__}: no query projection found; looked for {', '.join(Q_PROJ)}.")
     return lm.anatomy.q_projs
+
+
+def unit_projections(lm: LM) -> tuple[str, ...]:
+    """Names of the last MLP matrices, one per layer; ValueError where layers have experts or unequal MLPs."""
+    if not lm.anatomy.down_projs:
+        raise ValueError(f"{type(lm.model).__name__}: MLP units can't be pruned (experts, or unequal MLPs); heads can.")
+    return lm.anatomy.down_projs
 
 
 def wrap(

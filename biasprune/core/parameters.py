@@ -33,8 +33,7 @@ def notebooks_dir() -> Path:
 
 def code_cells(notebook: Path, *, parameters: bool) -> list[str]:
     """Sources of a notebook's parameters cell, or of its other code cells."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [c for c in cells if c["cell_type"] == "code"]
+    code = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     return ["".join(c["source"]) for c in code if ("parameters" in c["metadata"].get("tags", [])) == parameters]
 
 

@@ -68,16 +68,11 @@ def provenance(lm: LM | None = None) -> dict[str, Any]:
     facts |= {"packages": {name: metadata.version(name) for name in _PACKAGES}, "platform": platform.platform()}
     facts["device"] = device_name(lm.device if lm else "cpu")
     if lm:
-        facts["model"] = {
-            "name": lm.name,
-            "class": type(lm.model).__name__,
-            "revision": lm.revision,
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "attention": lm.model.config._attn_implementation,
-            "layers": lm.anatomy.n_layers,
-            "heads": lm.anatomy.n_heads,
-            "parameters": sum(p.numel() for p in lm.model.parameters()),
-        }
+        name = {"name": lm.name, "class": type(lm.model).__name__, "revision": lm.revision}
+        how = {"dtype": str(lm.dtype).removeprefix("torch."), "attention": lm.model.config._attn_implementation}
+        shape = {"layers": lm.anatomy.n_layers, "heads": lm.anatomy.n_heads}
+        shape["parameters"] = sum(p.numel() for p in lm.model.parameters())
+        facts["model"] = name | how | shape
     return facts
 
 
@@ -98,8 +93,7 @@ def peak_memory_mib() -> float:
 def measured(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[Any, float, float]:
     """Result of a call, its seconds, and its peak of memory above what was in use before, in MiB.
 
-    On a CPU, memory that earlier work has freed is given back first. Where that can't be had (not on Linux), it hides
-    a part of the peak.
+    On Linux, memory that earlier work has freed is given back first; elsewhere it hides a part of the peak.
     """
     import torch
 

@@ -1,7 +1,6 @@
 """Numbers with their uncertainty: estimates, readings of a measure under many prunings, nulls, verdicts.
 
-What a measure reads has one shape, (prunings, items) with a cluster for every item, so that is written once, here.
-Needs neither torch nor a model.
+What a measure reads has one shape, (prunings, items), with a cluster for every item. Needs no torch.
 """
 
 from __future__ import annotations

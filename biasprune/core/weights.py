@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from biasprune.core.likelihood import mask_gradients
 from biasprune.core.masks import Pruning
-from biasprune.core.model import LM, weight_of
+from biasprune.core.model import LM, unit_projections, weight_of
 from biasprune.core.perplexity import Windows, mean_nll
 
 
@@ -145,7 +145,7 @@ def part_snip(lm: LM, of: Examples, parts: str = "units", *, batch_tokens: int =
 
 def part_wanda(lm: LM, norms: Mapping[str, Tensor], parts: str = "units") -> np.ndarray:
     """Wanda of every MLP unit or head: √ Σ_j ‖column j of the last projection‖² · norm_j, (layers, parts)."""
-    modules, width = (lm.anatomy.out_projs, lm.anatomy.head_dim) if parts == "heads" else (lm.anatomy.down_projs, 1)
+    modules, width = (lm.anatomy.out_projs, lm.anatomy.head_dim) if parts == "heads" else (unit_projections(lm), 1)
     columns = [weight_of(lm.model.get_submodule(n)).double().square().sum(0).cpu() * norms[n] for n in modules]
     return torch.stack(columns).view(len(modules), -1, width).sum(-1).sqrt().numpy()
 
