@@ -108,13 +108,16 @@ def _without_traces(executed: Path, folder: Path) -> None:
 
 
 def _result_first(executed: Path, folder: Path) -> None:
-    """Put a run's result and its first figure below the title of its executed notebook."""
+    """Put a run's result and its first figure right below the title of its executed notebook."""
     results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
     source = [f"**Result.** {results['sentence']}"]
     source += [f"![{caption}]({folder.name}/figures/{name}.png)" for name, caption in results["figures"].items()][:1]
     node = json.loads(executed.read_text(encoding="utf-8"))
-    cell = {"cell_type": "markdown", "id": "result", "metadata": {"tags": ["result"]}, "source": "\n\n".join(source)}
-    node["cells"].insert(1, cell)
+    first, cell = node["cells"][0], {"cell_type": "markdown", "id": "result", "metadata": {"tags": ["result"]}}
+    title, _, rest = "".join(first["source"]).partition("\n\n")
+    below = [{**cell, "source": "\n\n".join(source)}]
+    below += [{"cell_type": "markdown", "id": "about", "metadata": {}, "source": rest}] * bool(rest)
+    node["cells"][:1] = [{**first, "source": title}, *below]
     run.write_text(executed, json.dumps(node, indent=1, ensure_ascii=False) + "\n")
 
 
