@@ -99,7 +99,10 @@ net = load(model, revision=revision or None, dtype=dtype, device=device)
 contexts = numbers.contexts(contexts_source, transfer_contexts, transfer_variations)
 train_names, test_names = numbers.names(names_source, compare_by, groups)
 texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
-run.inputs(lm=net, contexts=contexts, train_names=train_names, test_names=test_names, **texts)
+# some chat templates hold today's date: answers of different days aren't mixed
+asked = numbers.as_chat(net, contexts["question"].iloc[0]) if chat else ""
+used = {"contexts": contexts, "train_names": train_names, "test_names": test_names}
+run.inputs(lm=net, asked=asked, **used, **texts)
 
 # %% [markdown]
 # ## 1 Select for every question, and what questions have in common

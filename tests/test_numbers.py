@@ -133,6 +133,9 @@ def test_prompts_have_their_special_tokens_once():
         build(asking=replace(ASKING, chat=True))
     with pytest.raises(ValueError, match="temperature 0: greedy answers"):
         build(asking=replace(ASKING, temperature=0))
+    lm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses a user's turn .roles must alternate.: set chat to False"):
+        build(asking=replace(ASKING, chat=True))
     lm.tokenizer.chat_template = "<end>{% for m in messages %}{{ m.content }}{% endfor %} me"
     chat = build(asking=replace(ASKING, chat=True, prefix=False, suffix="", seeds=(0,)))
     assert chat.prompts[0] == "<end>the friend is me"

@@ -356,20 +356,28 @@ class Numbers(Measure):
         return rows.assign(sampled_smd=smd).reset_index()
 
 
+def as_chat(lm: LM, text: str) -> str:
+    """A user's turn by the model's chat template, up to the answer; ValueError where there is none, or it fails."""
+    if not lm.tokenizer.chat_template:
+        raise ValueError(f"{lm.name} has no chat template: set chat to False.")
+    turn = [{"role": "user", "content": text}]
+    try:
+        return lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # a template raises what it likes
+        raise ValueError(f"The chat template of {lm.name} refuses a user's turn ({e}): set chat to False.") from e
+
+
 def numbers(
     lm: LM, contexts: pd.DataFrame, names: pd.DataFrame, *, by: str, groups: Sequence[str], asking: Asking
 ) -> Numbers:
     """The measure of every question about every name; ``by`` ("race" or "gender") has the two groups."""
     if not asking.temperature > 0:
         raise ValueError(f"temperature {asking.temperature}: greedy answers have no distribution; choose one above 0.")
-    if asking.chat and not lm.tokenizer.chat_template:
-        raise ValueError(f"{lm.name} has no chat template: set chat to False.")
 
     def prompt(question: str, name: str, start: str) -> str:
         text = f"{question.replace('{name}', name)} {asking.suffix}".strip()
         if asking.chat:
-            turn = [{"role": "user", "content": text}]
-            return lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + start
+            return as_chat(lm, text) + start
         return f"Question: {text}\nAnswer: {start}".rstrip()
 
     table = contexts.merge(names[names[by].isin(list(groups))].sort_values("name"), how="cross")
