@@ -224,13 +224,13 @@ display(Markdown(f"γ = {gamma}, α = {alpha}: protects heads {sorted(protected)
 
 # %%
 a, worst = net.anatomy, by_harm.iloc[-1]
-kept = torch.ones(a.n_heads, a.head_dim, dtype=net.dtype, device=net.device)
+kept = torch.ones(a.n_heads, a.head_dim, dtype=net.model.dtype, device=net.device)
 kept[worst["head"]] = 0
 out_proj = net.model.get_submodule(a.out_projs[worst["layer"]])
 hook = out_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * kept.flatten(), *inputs[1:]))
 by_hand = ppl.readings(ppl.read(net, [Pruning()])).bias()[0]
 hook.remove()
-assert np.isclose(by_hand, worst["ppl_without"], rtol=1e-4 if net.dtype == torch.float32 else 0.05)
+assert np.isclose(by_hand, worst["ppl_without"], rtol=1e-4 if net.model.dtype == torch.float32 else 0.05)
 Markdown(f"Head {worst['flat']}: z_ppl {by_hand - worst['ppl']:.4f} by hand, {worst['z_ppl']:.4f} above.")
 
 # %% [markdown]

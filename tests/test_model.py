@@ -117,7 +117,7 @@ def test_the_fast_number_format(monkeypatch, unit):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     expected = "bfloat16" if unit else "float32"
     assert model.number_format("fast", "cpu") == expected and model.has_bfloat16("cpu") == bool(unit)
-    assert model.load("tiny-llama", dtype="fast", device="cpu").dtype == getattr(torch, expected)
+    assert model.load("tiny-llama", dtype="fast", device="cpu").model.dtype == getattr(torch, expected)
     assert model.number_format("bfloat16", "cpu") == "bfloat16" and model.number_format("auto") == "auto"
     with pytest.raises(ValueError, match="choose one of float32, bfloat16, float16, fast, auto"):
         model.number_format("int8")

@@ -78,10 +78,6 @@ class LM:
         return self.model.get_input_embeddings().weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
     def context(self) -> int:
         """Longest sequence in tokens that the model takes."""
         return int(self.model.config.get_text_config().max_position_embeddings)
@@ -127,19 +123,21 @@ def _find(parent: nn.Module, names: tuple[str, ...], what: str, model: nn.Module
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Find the parts of a decoder. ValueError if layers or heads aren't found, or are of unequal size."""
-    config = model.config.get_text_config()
     root = _find(model, LAYERS, "list of layers", model)
-    n_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    try:
+        config = model.config.get_text_config()
+        n_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    except (AttributeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{type(model).__name__}: no one number and size of heads for all layers ({e}).") from e
     names, queries, downs = [], [], []
     for i, layer in enumerate(model.get_submodule(root)):
         out = _find(layer, OUT_PROJ, f"attention output projection in layer {i}", model)
-        width = weight_of(layer.get_submodule(out)).shape[1]
-        if width != n_heads * head_dim:
-            raise ValueError(
-                f"{type(model).__name__}: {out} of layer {i} takes {width} inputs, but the configuration has "
-                f"{n_heads} heads of {head_dim}; heads of unequal number or size aren't supported."
-            )
+        projection, attention = layer.get_submodule(out), layer.get_submodule(out.rpartition(".")[0])
+        width = weight_of(projection).shape[1] if isinstance(projection, nn.Linear | Conv1D) else "other"
+        if width != n_heads * head_dim or hasattr(attention, "lambda_q1"):  # which a differential head has
+            of = f"{type(model).__name__}: {out} of layer {i} takes {width} inputs"
+            raise ValueError(f"{of}, not {n_heads} separate heads of {head_dim}: its heads can't be pruned.")
         names.append((f"{root}.{i}", f"{root}.{i}.{out}"))
         for found, known in ((queries, Q_PROJ), (downs, DOWN_PROJ)):
             found += [f"{root}.{i}.{name}" for name, _ in layer.named_modules() if name in known]
@@ -298,8 +296,7 @@ def in_halves(run: Callable[..., None], *index: Tensor) -> None:
     except torch.OutOfMemoryError:
         if len(index[0]) == 1:
             raise
-    # retried outside the handler, which would keep the failed batch alive
-    torch.cuda.empty_cache()  # nothing without a GPU
+    torch.cuda.empty_cache()  # outside the handler, which would keep the failed batch alive
     middle = len(index[0]) // 2
     in_halves(run, *(i[:middle] for i in index))
     in_halves(run, *(i[middle:] for i in index))

@@ -69,7 +69,7 @@ def provenance(lm: LM | None = None) -> dict[str, Any]:
     facts["device"] = device_name(lm.device if lm else "cpu")
     if lm:
         name = {"name": lm.name, "class": type(lm.model).__name__, "revision": lm.revision}
-        how = {"dtype": str(lm.dtype).removeprefix("torch."), "attention": lm.model.config._attn_implementation}
+        how = {"dtype": str(lm.model.dtype).removeprefix("torch."), "attention": lm.model.config._attn_implementation}
         shape = {"layers": lm.anatomy.n_layers, "heads": lm.anatomy.n_heads}
         shape["parameters"] = sum(p.numel() for p in lm.model.parameters())
         facts["model"] = name | how | shape

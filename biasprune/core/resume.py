@@ -59,7 +59,7 @@ class _CleanPass:
     def keep(self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
         """A forward hook of that layer."""
         self.inputs[layer] = args[0] if args else kwargs["hidden_states"]
-        self.returns_tuple = isinstance(output, tuple)
+        self.returns_tuple = isinstance(output, tuple | list)
 
     @contextmanager
     def start(self, layer: int, prunings: Sequence[Pruning], pruning: Tensor, row: Tensor) -> Iterator[None]:

@@ -43,7 +43,7 @@ def tuned(lm: LM, texts: Sequence[str], *, epochs: int, rate: float, batch: int,
     steps = epochs * -(-len(texts) // batch)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    mixed = torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.dtype == torch.bfloat16)
+    mixed = torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.model.dtype == torch.bfloat16)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)  # order, and dropout where there is any
         for _ in bar(range(epochs), desc="fine-tuning"):

@@ -1,0 +1,86 @@
+"""Every causal language model that transformers can build small: pruned as by hand, or refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from conftest import VOCAB, word_tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from biasprune.core import model
+from biasprune.core.likelihood import evaluate, token_log_probs
+from biasprune.core.masks import Pruning, masked
+
+IDS = torch.tensor([[2, 5, 7, 9, 11, 3]])
+SMALL = {  # what architectures call the sizes of a decoder
+    32: "hidden_size d_model n_embd word_embed_proj_dim",
+    3: "num_hidden_layers n_layer n_layers num_layers decoder_layers",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads",
+    48: "intermediate_size ffn_dim ffn_hidden_size decoder_ffn_dim",
+    64: "max_position_embeddings n_positions",
+    2: "num_key_value_heads num_experts_per_tok",
+    8: "head_dim",
+    24: "moe_intermediate_size",
+    VOCAB: "vocab_size",
+    0: "bos_token_id eos_token_id pad_token_id",
+}
+SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
+SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "rotary_dim"), 4)
+
+
+def built(kind: str) -> torch.nn.Module:
+    """A tiny model with random weights; skips what needs more than sizes, or can't run itself."""
+    try:
+        known = set(vars(tf.CONFIG_MAPPING[kind]())) | {"num_key_value_heads", "head_dim"}
+        config = tf.CONFIG_MAPPING[kind](**{name: size for name, size in SIZES.items() if name in known})
+        if sum(p.numel() for p in shell(config).parameters()) > 2e7:
+            pytest.skip("too large")
+        torch.manual_seed(0)
+        net = tf.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            net(IDS)
+    except Exception as e:  # the architecture's own
+        pytest.skip(f"can't be built small: {type(e).__name__}")
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 2:
+                p.mul_(6)
+    return net
+
+
+def shell(config: tf.PretrainedConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return tf.AutoModelForCausalLM.from_config(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_pruned_as_by_hand_or_refused(kind):
+    net = built(kind)
+    try:
+        lm = model.wrap(net, word_tokenizer())
+    except ValueError as e:
+        assert type(net).__name__ in str(e)
+        return
+    gone = Pruning({0, lm.anatomy.n_flat - 1})
+    clean = net(IDS).logits
+    with masked(lm, gone):
+        by_mask = net(IDS).logits
+    every = torch.ones_like(IDS, dtype=torch.bool)
+    scored = [gone, Pruning(), Pruning({1})]
+    try:
+        of = evaluate(lm, scored, [(torch.arange(1), IDS)], lambda n, x: token_log_probs(lm, x, every).sum(1), 1)
+    except ValueError as e:  # its texts can still be sampled
+        assert type(net).__name__ in str(e)
+        of = None
+    for h in gone.heads:
+        start = h % lm.anatomy.n_heads * lm.anatomy.head_dim
+        projection = net.get_submodule(lm.anatomy.out_projs[h // lm.anatomy.n_heads])
+        model.weight_of(projection)[:, start : start + lm.anatomy.head_dim] = 0
+    by_hand = net(IDS).logits
+    torch.testing.assert_close(by_mask, by_hand, atol=1e-4, rtol=1e-4)
+    assert (by_hand - clean).abs().max() > 1e-4, "the heads matter, so the test can fail"
+    if of is not None:
+        log_probs = by_hand.float().log_softmax(-1)[0, :-1].gather(1, IDS[0, 1:, None])
+        assert of[0, 0] == pytest.approx(log_probs.sum().item(), abs=1e-2)
