@@ -233,6 +233,10 @@ def test_claims_on_one_model_and_on_the_published_scores(tmp_path, add_run):
     assert table["parameters"].to_dict() == {"A": "", "A gpt2": "a", "P1": "b", "Z": "b"}
     assert table["model"].to_dict()["P1"] == "published scores"
     assert table.loc["A", "why"] == "needs a GPU"
+    add_run("c", verdict("P1"), model="Other")  # the same published scores, read again
+    add_run("d", verdict("P1", ours=0.7), model="Other")  # others
+    table = claims.build(tmp_path)
+    assert table.loc[table["id"] == "P1", "parameters"].tolist() == ["b", "d"]
 
 
 def test_a_run_that_was_not_asked_is_no_gap(tmp_path, add_run):

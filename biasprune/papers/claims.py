@@ -75,7 +75,7 @@ def _verdicts(folder: Path, record: dict, claims: pd.DataFrame) -> list[dict]:
 
 
 def build(out: str | Path) -> pd.DataFrame:
-    """One row per claim, run and case; "not run here", and why, for a claim that no run has a verdict on.
+    """One row per claim, run and case (of published scores: per case); "not run here" for a claim without a verdict.
 
     Columns: ``COLUMNS``. ours, low, high: of the quantity ``what`` (NaN: none); case tells rows of a run apart; about:
     its axis or groups; parameters: its parameter file; command: makes it again. ValueError: unknown id or verdict.
@@ -85,6 +85,9 @@ def build(out: str | Path) -> pd.DataFrame:
     claims, table = known(), []
     runs = [(folder, record) for folder, record in run.finished(out).items() if (folder / "verdicts.parquet").is_file()]
     rows = [row for folder, record in runs for row in _verdicts(folder, record, claims)]
+    once = {(r["id"], r["case"], str(r["ours"])): r for r in reversed(rows)}
+    # several runs may read the same published scores
+    rows = [r for r in rows if r["model"] != PUBLISHED or r is once[r["id"], r["case"], str(r["ours"])]]
     for claim in claims.to_dict("records"):
         absent = {"verdict": NOT_RUN, "why": claim["not_run"], "model": claim["only_model"]}
         absent["command"] = command(claim["notebook"], claim["params"])
