@@ -175,14 +175,19 @@ def heat_map(
     style = {"cmap": "cividis" if limit is None else "PuOr", "vmin": low, "vmax": high, "linewidths": 0.6}
     texts = table[value].map("{:.2g}".format).replace("nan", "–") if text is None else table[text].astype(str)
     across, height = 2 if table[column].nunique() <= 4 else 1, 0.3 + 0.17 * texts.str.count("\n").max()
-    figure, parts = _panels(table, panel, height * table[row].nunique() + 0.5, across, sharey=True)
+    named = table[column].astype(str).str.replace(" ", "\n")  # lines of its labels
+    words, panels = named.str.split("\n").explode().str.len().max(), 1 if panel is None else table[panel].nunique()
+    upright = 0.08 * words * min(across, panels) * named.nunique() < 3.4  # inches that cells have side by side
+    below = 0.17 * (1 + named.str.count("\n").max()) if upright else 0.08 * words
+    figure, parts = _panels(table, panel, height * table[row].nunique() + 0.3 + below, across, sharey=True)
     longest = max(1, texts.str.split("\n").explode().str.len().max())
     size = np.clip(470 / min(across, len(parts)) / table[column].nunique() / longest, 5, 10)  # fits into a cell
     for axis, part in parts:
         cells = part.pivot(index=row, columns=column, values=value).astype(float)
         cells = cells.reindex(index=table[row].unique(), columns=part[column].unique())
+        labels = cells.columns.astype(str).str.replace(" ", "\n")
         axis.patch.set(hatch="////", edgecolor="lightgrey")
-        sns.heatmap(cells, ax=axis, mask=cells.isna(), cbar=False, **style)
+        sns.heatmap(cells.set_axis(labels, axis=1), ax=axis, mask=cells.isna().to_numpy(), cbar=False, **style)
         for i, cell in part.iterrows():
             x, y = cells.columns.get_loc(cell[column]) + 0.5, cells.index.get_loc(cell[row]) + 0.5
             light = np.dot(axis.collections[0].to_rgba(cell[value])[:3], (0.3, 0.59, 0.11))
@@ -191,6 +196,7 @@ def heat_map(
             axis.text(x, y, texts[i], ha="center", va="center", fontsize=size, color=ink, weight=weight)
         axis.label_outer(remove_inner_ticks=False)
         axis.tick_params(axis="y", rotation=0)
+        axis.tick_params(axis="x", rotation=0 if upright else 90)
         axis.grid(visible=False)
     figure.colorbar(axis.collections[0], ax=list(figure.axes), location="bottom", aspect=40, label=label)
     return figure

@@ -275,9 +275,7 @@ run.figure(figures.heat_map(grid, "gamma", "alpha", "change", **style), "gamma_a
 
 # %%
 baselines = {"mask gradient": heads.mask_gradient(net, ppl)}
-if (
-    len(net.anatomy.q_projs) == net.anatomy.n_layers
-):  # not where q, k and v are fused in an unknown way (Phi-3)
+if net.anatomy.q_projs:  # not where q, k and v are fused in an unknown way (Phi-3)
     baselines = {"magnitude": heads.magnitude(net), **baselines}
 baselines = run.frame("baseline_scores", lambda: pd.DataFrame(baselines))
 others = {"bias only": scores["bias_without"], "perplexity only": scores["ppl_without"], **baselines}

@@ -77,7 +77,7 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 
 # %%
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from itertools import combinations, product
 from pathlib import Path
@@ -115,7 +115,9 @@ texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
 sizes = f"{len(contexts)} questions, {len(train_names)} names to select with, {len(test_names)} to judge by."
 display(Markdown(f"{sizes} For example: *{contexts['question'].iloc[0]}*"))
 # some chat templates hold today's date: answers of different days aren't mixed
-asked = numbers.as_chat(net, contexts["question"].iloc[0]) if chat else ""
+asked = ""
+with nullcontext() if chat else suppress(ValueError):  # no template, or one that refuses the question
+    asked = numbers.as_chat(net, contexts["question"].iloc[0])
 run.inputs(lm=net, contexts=contexts, names=names, asked=asked, **texts)
 
 # %% [markdown]
@@ -142,10 +144,7 @@ def way(with_chat: bool, with_prefix: bool) -> dict:
     return {**row, "example": answers["text"].iloc[0].strip()}
 
 
-can_chat = False
-with suppress(ValueError):  # no chat template, or one that refuses the question
-    can_chat = bool(numbers.as_chat(net, contexts["question"].iloc[0]))
-ways = product([True, False] if can_chat else [False], [True, False])
+ways = product([True, False] if asked else [False], [True, False])
 ways = run.frame("ways_to_ask", lambda: pd.DataFrame([way(*w) for w in ways]))
 used = (ways["chat"] == chat) & (ways["prefix"] == prefix)
 ways.assign(used_below=used).style.hide(axis="index").format(precision=2)

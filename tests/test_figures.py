@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -76,6 +78,20 @@ def test_heat_map_cells_say_what_they_are():
     assert mesh.get_clim() == (-1, 1) and bar.get_xlabel() == "bias"
     panels = figures.heat_map(table.assign(p=list("kkll")), "row", "column", "v", panel="p").axes
     assert [t.get_text() for t in panels[1].texts] == ["–", "0"] and panels[0].get_title("left") == "k"
+
+
+@pytest.mark.parametrize(("rows", "columns", "panels"), [(3, 3, 2), (5, 4, 1), (2, 6, 1), (9, 2, 3)])
+def test_heat_map_texts_fit_into_their_cells(rows, columns, panels):
+    names = [f"stereoset: {w}" for w in ("gender", "profession", "race", "religion", "age", "all")]
+    table = pd.DataFrame(list(product(range(rows), names[:columns], range(panels))), columns=["a", "b", "p"])
+    table = table.assign(v=0.5, said="0.55\n(0.44)")
+    figure = figures.heat_map(table, "a", "b", "v", text="said", panel="p", limit=1)
+    figure.canvas.draw()
+    for axis in figure.axes[:panels]:
+        cell = axis.get_window_extent()
+        for text in axis.texts:
+            box = text.get_window_extent()
+            assert box.height <= 1.05 * cell.height / rows and box.width <= 1.05 * cell.width / columns
 
 
 def test_scatter_has_points_error_bars_and_identity():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from biasprune.core.data import bar
 from biasprune.core.masks import Pruning, scaled
-from biasprune.core.model import LM, encode, equal_lengths, in_halves, unit_projections
+from biasprune.core.model import LM, encode, equal_lengths, in_halves
 from biasprune.core.resume import Start, passes
 from biasprune.core.sampling import top
 
@@ -110,7 +110,6 @@ def mask_gradients(lm: LM, batches: Batches, objective: Objective, rows: int, pa
     """
     check_unembedding(lm)
     n, number = (lm.anatomy.n_heads, np.float64) if parts == "heads" else (lm.anatomy.n_units, np.float32)
-    _ = parts == "heads" or unit_projections(lm)  # refused before the first pass
     out = np.zeros((rows, lm.anatomy.n_layers, n), dtype=number)
 
     def run(numbers: Tensor, ids: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from biasprune.core.data import choose
-from biasprune.core.model import LM, Anatomy, anatomy, query_projections, weight_of
+from biasprune.core.model import LM, Anatomy, anatomy, query_projections, unit_projections, weight_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +160,8 @@ def _query_scales(lm: LM, heads: Tensor) -> Iterator[tuple[str, Tensor]]:
 @contextmanager
 def scaled(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> Iterator[None]:
     """Run the model with parts multiplied by masks (rows or 1, layers, parts), which may require gradients."""
+    if units is not None:
+        unit_projections(lm)
     with ExitStack() as hooks:
         if lm.uniform and heads is not None:
             for name, scale in _query_scales(lm, heads):

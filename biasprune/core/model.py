@@ -101,7 +101,8 @@ def weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as f:
-            hashlib.file_digest(f, lambda: digest)  # which it updates
+            while block := f.read(1 << 24):
+                digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -134,29 +135,30 @@ def anatomy(model: nn.Module) -> Anatomy:
     for i, layer in enumerate(model.get_submodule(root)):
         out = _find(layer, OUT_PROJ, f"attention output projection in layer {i}", model)
         projection, attention = layer.get_submodule(out), layer.get_submodule(out.rpartition(".")[0])
-        width = weight_of(projection).shape[1] if isinstance(projection, nn.Linear | Conv1D) else "other"
+        width = weight_of(projection).shape[1] if isinstance(projection, nn.Linear | Conv1D) else "unknown"
         if width != n_heads * head_dim or hasattr(attention, "lambda_q1"):  # which a differential head has
             of = f"{type(model).__name__}: {out} of layer {i} takes {width} inputs"
             raise ValueError(f"{of}, not {n_heads} separate heads of {head_dim}: its heads can't be pruned.")
         names.append((f"{root}.{i}", f"{root}.{i}.{out}"))
         for found, known in ((queries, Q_PROJ), (downs, DOWN_PROJ)):
             found += [f"{root}.{i}.{name}" for name, _ in layer.named_modules() if name in known]
+    # with experts, or fused in an unknown way: heads can be pruned all the same
+    queries, downs = (found if len(found) == len(names) else [] for found in (queries, downs))
     widths = {weight_of(model.get_submodule(name)).shape[1] for name in downs}
-    if len(downs) != len(names) or len(widths) != 1:
-        downs, widths = [], {0}  # with experts, heads can be pruned all the same
+    downs, n_units = (downs, widths.pop()) if len(widths) == 1 else ([], 0)
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    return Anatomy(*zip(*names, strict=True), tuple(downs), n_heads, n_kv_heads, head_dim, widths.pop(), tuple(queries))
+    return Anatomy(*zip(*names, strict=True), tuple(downs), n_heads, n_kv_heads, head_dim, n_units, tuple(queries))
 
 
 def query_projections(lm: LM) -> tuple[str, ...]:
     """Names of the query projections, one per layer, some with keys and values; ValueError where they weren't found."""
-    if len(lm.anatomy.q_projs) != lm.anatomy.n_layers:
+    if not lm.anatomy.q_projs:
         raise ValueError(f"{type(lm.model).__name__}: no query projection found; looked for {', '.join(Q_PROJ)}.")
     return lm.anatomy.q_projs
 
 
 def unit_projections(lm: LM) -> tuple[str, ...]:
-    """Names of the last MLP matrices, one per layer; ValueError where layers have experts or unequal MLPs."""
+    """Names of the last MLP matrices, one per layer; refuses, by ValueError, layers with experts or unequal MLPs."""
     if not lm.anatomy.down_projs:
         raise ValueError(f"{type(lm.model).__name__}: MLP units can't be pruned (experts, or unequal MLPs); heads can.")
     return lm.anatomy.down_projs
@@ -297,6 +299,5 @@ def in_halves(run: Callable[..., None], *index: Tensor) -> None:
         if len(index[0]) == 1:
             raise
     torch.cuda.empty_cache()  # outside the handler, which would keep the failed batch alive
-    middle = len(index[0]) // 2
-    in_halves(run, *(i[:middle] for i in index))
-    in_halves(run, *(i[middle:] for i in index))
+    in_halves(run, *(i[: len(i) // 2] for i in index))
+    in_halves(run, *(i[len(i) // 2 :] for i in index))

@@ -131,7 +131,7 @@ class Run:
         write_text(self.folder / "run.json", json.dumps(self.record, indent=1) + "\n")
 
     def inputs(self, *, lm: LM | None = None, model: dict | None = None, **inputs: pd.DataFrame | str) -> pd.DataFrame:
-        """Note a decoder, or facts about another model (name, dtype, …), and digests of tables and texts; to show."""
+        """Note a decoder, or facts about another model (name, dtype, …), and digests of tables and texts; shown."""
         facts = provenance(lm)
         facts["model"] = facts.get("model") or {"name": "–", "dtype": "–", **(model or {})}
         facts["device"] = facts["model"].pop("device", facts["device"])
