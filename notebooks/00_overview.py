@@ -62,8 +62,7 @@ counts = table.groupby(["paper", "verdict"], sort=False).size().unstack(fill_val
 counts = counts.reindex(columns=list(claims.VERDICTS), fill_value=0).reset_index()
 counts = run.frame("summary", lambda: counts)
 long = counts.melt("paper", var_name="verdict", value_name="n")
-long["word"] = long["verdict"].str.replace(" ", "\n")
-run.figure(figures.heat_map(long, "paper", "word", "n", label="claims × runs × cases"), "verdicts")
+run.figure(figures.heat_map(long, "paper", "verdict", "n", label="claims × runs × cases"), "verdicts")
 counts.style.hide(axis="index")
 
 # %%
