@@ -1,6 +1,6 @@
-"""python -m biasprune report --out reports: README.md, claims.csv and speed.csv from the run records below reports.
+"""python -m biasprune check MODEL: what a model can be used for. report --out reports: what run records say.
 
-The workflow calls it after the last run.
+The workflow calls report after the last run: README.md, claims.csv and speed.csv below reports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from biasprune.check import capabilities
 from biasprune.core import run
+from biasprune.core.data import FetchError
 from biasprune.papers import claims
 
 HEAD = """# Reports
@@ -74,9 +76,19 @@ def report(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="biasprune", description=__doc__)
-    reporter = parser.add_subparsers(required=True).add_parser("report", help="write the report from run records")
+    commands = parser.add_subparsers(required=True)
+    reporter = commands.add_parser("report", help="write the report from run records")
     reporter.add_argument("--out", type=Path, default=Path("reports"), help="folder of the run records")
-    report(parser.parse_args().out)
+    reporter.set_defaults(do=lambda asked: report(asked.out))
+    checker = commands.add_parser("check", help="say what a model can be used for; its weights aren't read")
+    checker.add_argument("model", help="packaged name, small model, local folder, or Hugging Face hub id")
+    checker.add_argument("--revision", help="hub commit or tag")
+    checker.set_defaults(do=lambda asked: print(markdown(capabilities(asked.model, asked.revision))))
+    asked = parser.parse_args()
+    try:
+        asked.do(asked)
+    except (ValueError, FetchError) as e:
+        parser.exit(1, f"{e}\n")
 
 
 if __name__ == "__main__":

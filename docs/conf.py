@@ -23,7 +23,7 @@ project, release = "biasprune", biasprune.__version__
 author = ", ".join(a["name"] for a in CITATION["authors"])
 extensions = ["myst_nb"]
 root_doc = "README"
-texts = ["docs/howtos", "CHANGELOG", "CONTRIBUTING", "data/README"]
+texts = ["docs/howtos", "docs/architectures", "CHANGELOG", "CONTRIBUTING", "data/README"]
 include_patterns = ["README.md", "reports/README.md", "reports/*/*.ipynb", "data/*/README.md"]
 include_patterns += [f"{name}.md" for name in texts]
 

@@ -1,22 +1,30 @@
-"""Every causal language model that transformers can build small: pruned as by hand, or refused with a reason."""
+"""Every causal language model that transformers can build small: pruned as by hand, or refused with a reason.
+
+docs/architectures.md is what this file writes: python tests/test_sweep.py
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
 from conftest import VOCAB, word_tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from biasprune.__main__ import markdown
+from biasprune.check import answer, neurons
 from biasprune.core import model
-from biasprune.core.likelihood import evaluate, token_log_probs
+from biasprune.core.likelihood import check_unembedding, evaluate, token_log_probs
 from biasprune.core.masks import Pruning, masked
 
 IDS = torch.tensor([[2, 5, 7, 9, 11, 3]])
 SMALL = {  # what architectures call the sizes of a decoder
     32: "hidden_size d_model n_embd word_embed_proj_dim",
     3: "num_hidden_layers n_layer n_layers num_layers decoder_layers",
-    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads",
     48: "intermediate_size ffn_dim ffn_hidden_size decoder_ffn_dim",
     64: "max_position_embeddings n_positions",
     2: "num_key_value_heads num_experts_per_tok",
@@ -26,7 +34,7 @@ SMALL = {  # what architectures call the sizes of a decoder
     0: "bos_token_id eos_token_id pad_token_id",
 }
 SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
-SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "rotary_dim"), 4)
+SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "rotary_dim", "logits_scaling"), 4)
 
 
 def built(kind: str) -> torch.nn.Module:
@@ -51,9 +59,41 @@ def built(kind: str) -> torch.nn.Module:
     return net
 
 
+TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
+KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+HEAD = f"""# Architectures
+
+Written by `python tests/test_sweep.py`; don't edit. All {len(KINDS)} causal architectures of transformers
+{tf.__version__}, with random weights and a few layers. Where heads can be pruned, a test compares the pruned model with
+one whose weights were set to zero by hand. `python -m biasprune check MODEL` says the same of a model at hand.
+"""
+
+
+def described(kind: str) -> dict[str, str]:
+    """A row of the table."""
+    row = {"architecture": kind, "heads": "", "neurons": "", "scored texts": "", "why not": ""}
+    try:
+        net = built(kind)
+    except pytest.skip.Exception as e:
+        return row | {"why not": f"not tried: {e.msg}"}
+    try:
+        lm = model.wrap(net, word_tokenizer())
+    except ValueError as e:
+        return row | {"heads": "no", "neurons": "no", "scored texts": "no", "why not": str(e).split(";")[0]}
+    can = {"heads": "yes", "neurons": "no" if (units := answer(neurons, lm)).startswith("no: ") else "yes"}
+    try:
+        check_unembedding(lm)
+        can["scored texts"] = "yes"
+    except ValueError:
+        can["scored texts"] = "no"
+    return row | can | {"why not": units.removeprefix("no: ") if can["neurons"] == "no" else ""}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_pruned_as_by_hand_or_refused(kind):
+    row = described(kind)
+    assert markdown(pd.DataFrame([row])).splitlines()[-1] in TABLE.read_text(encoding="utf-8")
     net = built(kind)
     try:
         lm = model.wrap(net, word_tokenizer())
@@ -81,3 +121,7 @@ def test_pruned_as_by_hand_or_refused(kind):
     if of is not None:
         log_probs = by_hand.float().log_softmax(-1)[0, :-1].gather(1, IDS[0, 1:, None])
         assert of[0, 0] == pytest.approx(log_probs.sum().item(), abs=1e-2)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(f"{HEAD}\n{markdown(pd.DataFrame(map(described, KINDS)))}\n", encoding="utf-8")

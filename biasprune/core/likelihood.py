@@ -57,6 +57,7 @@ def unembed(lm: LM, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         logits = hidden @ rows.T if tokens.dim() == 1 else (rows @ hidden[..., None])[..., 0]
         if getattr(head, "bias", None) is not None:
             logits = logits + head.bias[tokens].to(wide)
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

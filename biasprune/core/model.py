@@ -198,8 +198,8 @@ def small_models() -> list[str]:
     return sorted(p.parent.name for p in (data.data_dir() / "models").glob("*/config.json"))
 
 
-def locate(name: str, revision: str | None = None) -> tuple[Path, str]:
-    """Folder of the weights and their origin, for a packaged name, a folder, or a hub id; ValueError or FetchError."""
+def locate(name: str, revision: str | None = None, with_weights: bool = True) -> tuple[Path, str]:
+    """Folder of a model and its origin, for a packaged name, a folder, or a hub id; ValueError or FetchError."""
     if name in packaged().index:
         folder = data.build(f"models/{name}", lambda target: _convert(name, target))
         return folder, f"gguf sha256:{packaged().loc[[name], 'sha256'].iloc[0]}"
@@ -213,8 +213,8 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str]:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise ValueError(f"No such model folder: {name!r}. Known names: {known}.")
     try:
-        files = {"allow_patterns": ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]}
-        files["ignore_patterns"] = ["*/*", "consolidated*"]  # the same weights in other forms
+        wanted = ["*.json", "*.txt", "*.model", "*.jinja", *["*.safetensors"] * with_weights]
+        files = {"allow_patterns": wanted, "ignore_patterns": ["*/*", "consolidated*"]}  # the same in other forms
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **files))
     except Exception as e:  # the hub's client has a dozen error types: one message serves them all
         raise ValueError(
@@ -222,7 +222,7 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str]:
             f"({type(e).__name__}: {str(e).splitlines()[0]}). Check the id and the network (gated models need "
             f"'hf auth login'), or give a local folder. Known names: {known}."
         ) from e
-    if not list(folder.glob("*.safetensors")):
+    if with_weights and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{name} has no safetensors weights on the hub; convert it and give the folder.")
     return folder, folder.name
 
@@ -278,9 +278,8 @@ def encode(lm: LM, texts: Sequence[str], max_tokens: int | None = None, *, speci
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text {i} is empty or no text: {text!r}.")
-    first = lm.first_tokens if special else []
     bare = lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return [[*first, *ids][:max_tokens] for ids in bare]
+    return [[*(lm.first_tokens if special else []), *ids][:max_tokens] for ids in bare]
 
 
 def equal_lengths(ids: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
