@@ -339,7 +339,7 @@ def test_the_planted_bias_sits_in_that_head_alone(planted, known):
         (lambda lm: measure(PROMPTS.assign(group="a")), "prompts of one group"),
         (lambda lm: measure(PROMPTS.drop(columns="group")), "no column group"),
         (lambda lm: measure(rule="other"), "choose one of corrected, as_published"),
-        (lambda lm: measure(PROMPTS.assign(prompt="")).read(lm, [UNPRUNED]), "text 0 is empty"),
+        (lambda lm: measure(PROMPTS.assign(prompt="")).read(lm, [UNPRUNED]), "empty prompt in data row 1"),
         (lambda lm: measure(reader=lambda t: [np.nan] * len(t)).read(lm, [UNPRUNED]), "outside"),
         (lambda lm: measure(temperature=0).first_order(lm), "set temperature > 0"),
     ],

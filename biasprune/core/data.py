@@ -158,11 +158,14 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
 
 def need(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """ValueError unless the table has these columns and a row."""
+    """ValueError unless the table has these columns, a row, and in none of them an empty field."""
     if missing := [c for c in columns if c not in table]:
         raise ValueError(f"{what}: no column {', '.join(missing)}; there are {', '.join(table)}.")
     if not len(table):
         raise ValueError(f"{what}: the table has no rows.")
+    for c in columns:
+        if (empty := table[c].astype(str).str.strip().eq("").to_numpy()).any():
+            raise ValueError(f"{what}: empty {c} in data row {empty.argmax() + 1} ({empty.sum()} in all).")
 
 
 def choose(value: str, known: Iterable[str], what: str) -> None:

@@ -89,7 +89,7 @@ class Pruning:
         def shuffled(parts: frozenset[int], n: int) -> frozenset[int]:
             if not parts:
                 return parts
-            drawn = [row[torch.randperm(n, generator=generator)] for row in _removed(parts, lm.anatomy.n_layers, n)]
+            drawn = [row[torch.randperm(n, generator=generator)] for row in removed(parts, lm.anatomy.n_layers, n)]
             return frozenset(torch.cat(drawn).nonzero()[:, 0].tolist())
 
         heads, units = shuffled(self.heads, lm.anatomy.n_heads), shuffled(self.units, lm.anatomy.n_units)
@@ -103,13 +103,11 @@ class Pruning:
         return Pruning(heads, units, weights)
 
 
-def _removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
+def removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
     """Flat indices → bool (layers, n), True where removed."""
     if outside := [p for p in parts if not 0 <= p < layers * n]:
         raise ValueError(f"part {outside[0]} is outside the model: flat indices run from 0 to {layers * n - 1}.")
-    mask = torch.zeros(layers * n, dtype=torch.bool)
-    mask[list(parts)] = True
-    return mask.view(layers, n)
+    return torch.isin(torch.arange(layers * n), torch.tensor(sorted(parts), dtype=torch.int64)).view(layers, n)
 
 
 def _hook(mask: Tensor, mean: Tensor | None = None, *, output: bool = False) -> Callable:
@@ -118,14 +116,13 @@ def _hook(mask: Tensor, mean: Tensor | None = None, *, output: bool = False) -> 
 
     def apply(x: Tensor) -> Tensor:
         nonlocal scale, fill
-        rows = len(scale)
         # with fewer masks each is for as many rows in turn: of one prompt's continuations, or OPT's flattened tokens
-        if len(x) % rows:
-            raise ValueError(f"prunings for {rows} rows, but the batch has {len(x)}.")
+        if len(x) % len(scale):
+            raise ValueError(f"prunings for {len(scale)} rows, but the batch has {len(x)}.")
         # moved once, to where this layer computes; as an inference tensor a later backward pass couldn't use it
         with torch.inference_mode(False):
             scale, fill = scale.to(x.device, x.dtype), None if fill is None else fill.to(x.device, x.dtype)
-        scaled = x.reshape(rows, -1, x.shape[-1]) * scale
+        scaled = x.reshape(len(scale), -1, x.shape[-1]) * scale
         return (scaled if fill is None else scaled + fill).view(x.shape)
 
     if output:
@@ -165,12 +162,10 @@ def scaled(lm: LM, heads: Tensor | None = None, units: Tensor | None = None) -> 
     with ExitStack() as hooks:
         if lm.uniform and heads is not None:
             for name, scale in _query_scales(lm, heads):
-                hook = _hook(scale, output=True)
-                hooks.enter_context(lm.model.get_submodule(name).register_forward_hook(hook))
+                hooks.enter_context(lm.model.get_submodule(name).register_forward_hook(_hook(scale, output=True)))
             heads = None
-        for name, scale in _scales(lm.anatomy, heads, units):
-            hook = _hook(scale, lm.means.get(name))
-            hooks.enter_context(lm.model.get_submodule(name).register_forward_pre_hook(hook))
+        for at, scale in _scales(lm.anatomy, heads, units):
+            hooks.enter_context(lm.model.get_submodule(at).register_forward_pre_hook(_hook(scale, lm.means.get(at))))
         yield
 
 
@@ -219,8 +214,8 @@ def keep_masks(a: Anatomy, prunings: Sequence[Pruning], rows: Tensor | None = No
     """Masks of several prunings, 1 where a part stays: heads and units (rows, layers, parts), None where all stay."""
     masks: dict[str, Tensor | None] = {"heads": None, "units": None}
     for what, n in (("heads", a.n_heads), ("units", a.n_units)):
-        if any(removed := [getattr(p, what) for p in prunings]):
-            mask = torch.stack([~_removed(parts, a.n_layers, n) for parts in removed]).float()
+        if any(gone := [getattr(p, what) for p in prunings]):
+            mask = torch.stack([~removed(parts, a.n_layers, n) for parts in gone]).float()
             masks[what] = mask if rows is None else mask[rows]
     return masks
 

@@ -90,8 +90,7 @@ class LM:
     @cached_property
     def first_tokens(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text (those behind it would end the text)."""
-        marked = self.tokenizer("a")["input_ids"]
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        marked, bare = (self.tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
         starts = [i for i in range(len(marked)) if marked[i : i + len(bare)] == bare]
         return marked[: starts[0]] if starts else []
 

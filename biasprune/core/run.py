@@ -73,12 +73,13 @@ def finished(out: str | Path) -> dict[Path, dict]:
     for path in sorted(Path(out).glob("*/*/run.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
+            done = record.get("status") == "done"
+        except (ValueError, AttributeError) as e:
             print(f"{path} is damaged ({e}): run that notebook again.", file=sys.stderr)
             continue
         if record.get("form") != FORM:
             others += 1
-        elif record["status"] == "done":
+        elif done:
             records[path.parent] = record
     if others:
         print(f"{out}: {others} records of another version of biasprune are left out.", file=sys.stderr)
@@ -199,7 +200,7 @@ class Run:
         axis); tables and figures (name → caption) are shown in a report, if this run made them.
         """
         if verdicts is not None:
-            data.need(verdicts, VERDICT_COLUMNS, "verdicts")
+            data.need(verdicts.replace("", "(none)"), VERDICT_COLUMNS, "verdicts")  # a case may be empty
             self.frame("verdicts", lambda: verdicts[VERDICT_COLUMNS])
         seconds = self.record["seconds"]
         results = {"sentence": sentence, "about": self.record["config"].get("axis", ""), **results}

@@ -244,7 +244,7 @@ def _raw(source: str) -> pd.DataFrame:
 def subset(table: pd.DataFrame, split: str, n: int, seed: int) -> pd.DataFrame:
     """At most n rows of a split: equally many of every label where possible, groups by share, pairs whole."""
     rows = table[table["split"] == split]
-    need(rows, COLUMNS, f"texts of split {split}")
+    need(rows, ["text", "label"], f"texts of split {split}")
     paired = bool((rows["pair"] >= 0).any())
     mixed = (rows[rows["group"] == GROUPS[0]] if paired else rows).sample(frac=1, random_state=seed)
     cells = mixed.groupby(["label", "group"])["text"]

@@ -39,6 +39,10 @@ class Measure(ABC):
     items: pd.DataFrame
     bias: Bias = mean_bias
 
+    def __post_init__(self) -> None:
+        if len(twice := self.items["item"][self.items["item"].duplicated()]):
+            raise ValueError(f"{self.name}: the item {twice.iloc[0]!r} comes twice; give it once.")
+
     @abstractmethod
     def read(self, lm: LM, prunings: Sequence[Pruning], progress: str | None = None) -> pd.DataFrame:
         """Every item under every pruning: pruning (text), item, value, and what else the measure knows."""

@@ -97,6 +97,8 @@ def load(name: str | Path | Scorer, *, device: str = "cpu", batch_size: int = 64
             scorer = pkgutil.resolve_name(name)
         except (ImportError, AttributeError) as e:
             raise ValueError(f"Judge {name!r} can't be imported ({e}): put its module into the working folder.") from e
+        if not callable(scorer):
+            raise ValueError(f"Judge {name!r} is no function, but {scorer!r}.")
     else:
         scorer = _hugging_face(name, device, batch_size, label)
     return Judge(f"{name}#{label}" if label else name, scorer)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from biasprune.core.data import half, read_csv
+import pandas as pd
+
+from biasprune.core.data import half, need, read_csv
 from biasprune.measures import judges, pairs, prompts
 from biasprune.measures.base import Measure
 from biasprune.measures.choices import choices, pronouns, share_slope, tone
@@ -39,9 +41,16 @@ def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any
             how["judge"] = judges.load(by)
         return toxicity(table, **how)
     if kind.endswith(".csv") and "a" in (own := read_csv(kind)):
-        table, make = own.assign(share=own["share"].astype(float)), partial(choices, spec, bias=share_slope)
+        need(own, ["item", "cluster", "share"], kind)
+        table = own.assign(share=pd.to_numeric(own["share"], errors="coerce"))
+        if not table["share"].between(0, 1).all() or table["share"].nunique() < 2:
+            raise ValueError(f"{kind}: share needs numbers between 0 and 1, and two different ones.")
+        make = partial(choices, spec, bias=share_slope)
     elif kind == "meaning":
         table, make = pairs.sentences("stereoset", axis), pairs.meaning
     else:
         table, make = pairs.sentences(kind, axis), partial(pairs.pairs, spec)
-    return make(pairs.subset(table[table["cluster"].map(half).eq(side) | (side == "all")], n))
+    table = pairs.subset(table[table["cluster"].map(half).eq(side) | (side == "all")], n)
+    if table["cluster"].nunique() < 2:
+        raise ValueError(f"measure {spec!r}, {side}: an interval needs two clusters, but {len(table)} items have one.")
+    return make(table)

@@ -89,7 +89,8 @@ def _scored(lm: LM, rows: pd.DataFrame, per_token: bool) -> pd.DataFrame:
     ids, first, tokens = encode(lm, rows["text"].tolist()), np.ones(len(rows), dtype=int), np.ones(len(rows))
     for a, b in np.arange(len(rows)).reshape(2, -1).T:
         if len(ids[a]) == len(ids[b]) or not per_token:
-            first[[a, b]] = max(1, len(commonprefix([ids[a], ids[b]])))
+            same = len(commonprefix([ids[a], ids[b]]))  # all, where the tokenizer doesn't know the words that differ
+            first[[a, b]] = max(1, min(same, len(ids[a]) - 1))
         tokens[[a, b]] = len(ids[a]) - 1, len(ids[b]) - 1
     return rows.assign(first=first, weight=rows["weight"] / (tokens if per_token else 1))
 

@@ -122,9 +122,7 @@ def _from_csv(axis: str, path: Path) -> pd.DataFrame:
     need(table, ["prompt", "group"], str(path))
     missing = {"axis": path.stem, "split": table["prompt"].map(half), **dict.fromkeys(COLUMNS[2:5], NONE)}
     table = table.assign(**missing | dict(table.items()))
-    for column in ("prompt", "group", "axis", "split"):
-        if len(empty := np.flatnonzero(table[column].str.strip() == "")):
-            raise ValueError(f"{path}: empty {column} in data row {empty[0] + 1} ({len(empty)} in all).")
+    need(table, ["axis", "split"], str(path))
     choose(axis, table["axis"].unique(), f"{path} (its axis is in a column 'axis', or else the file's name): axis")
     table = table[table["axis"] == axis]
     if len(twice := table["prompt"][table["prompt"].duplicated()]):
