@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from biasprune.core import data
 
-# Where Llama, Mistral, Qwen and Gemma, then OPT, Phi, GPT-2, GPT-J, GPT-Neo and GPT-NeoX keep their parts, relative to
-# the model and to one layer; several share a name.
+# Where Llama, Mistral, Qwen and Gemma, then OPT, Phi, GPT-2, GPT-J, GPT-Neo, GPT-NeoX and BLOOM keep their parts,
+# relative to the model and to one layer; several share a name.
 LAYERS = ("model.layers", "model.decoder.layers", "transformer.h", "gpt_neox.layers")
 OUT_PROJ = ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj")
-OUT_PROJ += ("attn.attention.out_proj", "attention.dense")
+OUT_PROJ += ("attn.attention.out_proj", "attention.dense", "self_attention.dense")
 Q_PROJ = ("self_attn.q_proj", "attn.q_proj", "attn.attention.q_proj", "attn.c_attn", "attention.query_key_value")
 DOWN_PROJ = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h")
 
@@ -115,10 +115,8 @@ def _find(parent: nn.Module, names: tuple[str, ...], what: str, model: nn.Module
         with suppress(AttributeError):
             parent.get_submodule(name)
             return name
-    raise ValueError(
-        f"{type(model).__name__}: no {what} was found; looked for {', '.join(names)}. "
-        "Add the architecture's module names to biasprune/core/model.py."
-    )
+    said = f"{type(model).__name__}: no {what} was found; looked for {', '.join(names)}."
+    raise ValueError(f"{said} Add the architecture's module names to biasprune/core/model.py.")
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -127,7 +125,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     try:
         config = model.config.get_text_config()
         n_heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        head_dim = (
+            getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        )
     except (AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{type(model).__name__}: no one number and size of heads for all layers ({e}).") from e
     names, queries, downs = [], [], []

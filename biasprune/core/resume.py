@@ -57,11 +57,13 @@ class _CleanPass:
     lm: LM
     inputs: dict[int, Tensor] = field(default_factory=dict)  # layer → (rows, tokens, width)
     returns_tuple: bool = False  # whether this architecture's layers do
+    hands_on: bool = False  # more than hidden states, such as what the next layer may attend to
 
     def keep(self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
         """A forward hook of that layer."""
         self.inputs[layer] = args[0] if args else kwargs["hidden_states"]
         self.returns_tuple = isinstance(output, tuple | list)
+        self.hands_on = self.returns_tuple and any(isinstance(more, Tensor) for more in output[1:])
 
     @contextmanager
     def start(self, layer: int, prunings: Sequence[Pruning], pruning: Tensor, row: Tensor) -> Iterator[None]:
@@ -88,6 +90,7 @@ def passes(lm: LM, prunings: Sequence[Pruning], ids: Tensor, rows: int) -> Itera
             hooks.enter_context(module.register_forward_hook(partial(clean.keep, layer), with_kwargs=True))
         if any(starts):
             lm.model.base_model(ids, use_cache=False)
+    starts = [0] * len(starts) if clean.hands_on else starts
     for layer in sorted(set(starts)):
         here = torch.tensor([i for i, start in enumerate(starts) if start == layer])
         pairs = torch.cartesian_prod(here, torch.arange(len(ids)))
