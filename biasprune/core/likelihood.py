@@ -35,9 +35,8 @@ def check_unembedding(lm: LM) -> None:
         hidden, logits = getattr(lm.model.base_model(ids), "last_hidden_state", None), lm.model(ids).logits
         ours = None if hidden is None else unembed(lm, hidden)
         if ours is None or not torch.allclose(ours, logits.to(ours), rtol=0.02, atol=0.02):
-            said = f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't known here:"
-            said += " add it to unembed in biasprune/core/likelihood.py. Sampling (fidelity 'exact') works without it."
-            raise ValueError(said)
+            said = f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't known here."
+            raise ValueError(f"{said} Add it to unembed in core/likelihood.py; fidelity 'exact' works without it.")
     _CHECKED.add(lm)
 
 

@@ -125,9 +125,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     try:
         config = model.config.get_text_config()
         n_heads = config.num_attention_heads
-        head_dim = (
-            getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // n_heads
-        )
+        head_dim = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)  # DeepSeek's v has its own
+        head_dim = head_dim or config.hidden_size // n_heads
     except (AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{type(model).__name__}: no one number and size of heads for all layers ({e}).") from e
     names, queries, downs = [], [], []
