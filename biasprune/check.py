@@ -50,10 +50,10 @@ def memory(lm: LM) -> str:
 
 USES: dict[str, Callable[[LM], str]] = {
     "heads": heads,
-    "uniform ablation": lambda lm: "heads can attend to all tokens alike" if query_projections(lm) else "",
+    "uniform ablation": lambda lm: query_projections(lm) and "heads can attend to all tokens alike",
     "neurons": neurons,
     "weights": single_weights,
-    "chat": lambda lm: "by its template" if as_chat(lm, "Hello.") else "",
+    "chat": lambda lm: as_chat(lm, "Hello.") and "by its template",
     "numbers": numbers,
     "context": lambda lm: f"{lm.context} tokens",
     "memory": memory,

@@ -35,8 +35,8 @@ def check_unembedding(lm: LM) -> None:
         hidden, logits = getattr(lm.model.base_model(ids), "last_hidden_state", None), lm.model(ids).logits
         ours = None if hidden is None else unembed(lm, hidden)
         if ours is None or not torch.allclose(ours, logits.to(ours), rtol=0.02, atol=0.02):
-            said = f"{type(lm.model).__name__} changes its logits after the unembedding in a way that isn't known here."
-            raise ValueError(f"{said} Add it to unembed in core/likelihood.py; fidelity 'exact' works without it.")
+            how = "changes its logits after the unembedding: add that to unembed, or take fidelity 'exact'."
+            raise ValueError(f"{type(lm.model).__name__} {how}")
     _CHECKED.add(lm)
 
 
@@ -55,7 +55,8 @@ def unembed(lm: LM, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         logits = hidden @ rows.T if tokens.dim() == 1 else (rows @ hidden[..., None])[..., 0]
         if getattr(head, "bias", None) is not None:
             logits = logits + head.bias[tokens].to(wide)
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # of Cohere, Granite
+    logits = logits if scale == 1 else logits * scale
     cap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

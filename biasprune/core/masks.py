@@ -89,7 +89,7 @@ class Pruning:
         def shuffled(parts: frozenset[int], n: int) -> frozenset[int]:
             if not parts:
                 return parts
-            drawn = [row[torch.randperm(n, generator=generator)] for row in removed(parts, lm.anatomy.n_layers, n)]
+            drawn = [row[torch.randperm(n, generator=generator)] for row in _removed(parts, lm.anatomy.n_layers, n)]
             return frozenset(torch.cat(drawn).nonzero()[:, 0].tolist())
 
         heads, units = shuffled(self.heads, lm.anatomy.n_heads), shuffled(self.units, lm.anatomy.n_units)
@@ -103,7 +103,7 @@ class Pruning:
         return Pruning(heads, units, weights)
 
 
-def removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
+def _removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
     """Flat indices → bool (layers, n), True where removed."""
     if outside := [p for p in parts if not 0 <= p < layers * n]:
         raise ValueError(f"part {outside[0]} is outside the model: flat indices run from 0 to {layers * n - 1}.")
@@ -215,7 +215,7 @@ def keep_masks(a: Anatomy, prunings: Sequence[Pruning], rows: Tensor | None = No
     masks: dict[str, Tensor | None] = {"heads": None, "units": None}
     for what, n in (("heads", a.n_heads), ("units", a.n_units)):
         if any(gone := [getattr(p, what) for p in prunings]):
-            mask = torch.stack([~removed(parts, a.n_layers, n) for parts in gone]).float()
+            mask = torch.stack([~_removed(parts, a.n_layers, n) for parts in gone]).float()
             masks[what] = mask if rows is None else mask[rows]
     return masks
 

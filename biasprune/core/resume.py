@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from biasprune.core.masks import Pruning, masked, removed
-from biasprune.core.model import LM, unit_projections
+from biasprune.core.masks import Pruning, masked
+from biasprune.core.model import LM
 
 Start = Callable[[Tensor, Tensor], AbstractContextManager[None]]  # of pairs' pruning and row numbers
 
@@ -23,10 +23,8 @@ Start = Callable[[Tensor, Tensor], AbstractContextManager[None]]  # of pairs' pr
 def first_layer(lm: LM, pruning: Pruning) -> int:
     """The layer at which a pruned pass may start: the last one where nothing is removed."""
     a = lm.anatomy
-    if pruning.units:
-        unit_projections(lm)  # which may refuse
-    hit = removed(pruning.heads, a.n_layers, a.n_heads).any(1) | removed(pruning.units, a.n_layers, a.n_units).any(1)
-    return 0 if pruning.weights else min(hit.nonzero()[:, 0].tolist(), default=a.n_layers - 1)
+    layers = [h // a.n_heads for h in pruning.heads] + [u // max(1, a.n_units) for u in pruning.units]
+    return 0 if pruning.weights else min([*layers, a.n_layers - 1])  # parts that aren't there: ``masked`` refuses them
 
 
 @contextmanager
