@@ -106,7 +106,7 @@ class Pruning:
 def _removed(parts: frozenset[int], layers: int, n: int) -> Tensor:
     """Flat indices → bool (layers, n), True where removed."""
     if outside := [p for p in parts if not 0 <= p < layers * n]:
-        raise ValueError(f"part {outside[0]} is outside the model: it has {layers * n} of its kind that can be pruned, from 0 on.")
+        raise ValueError(f"part {outside[0]} is outside the model: it has {layers * n} of its kind, from 0 on.")
     return torch.isin(torch.arange(layers * n), torch.tensor(sorted(parts), dtype=torch.int64)).view(layers, n)
 
 
