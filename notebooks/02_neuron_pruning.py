@@ -22,10 +22,12 @@
 # other's shrinks the gap; single weights (the paper's "neurons") do so better than attention heads, without
 # much anomalous behaviour.
 #
-# **Method.** The gap is read off the model's *distribution* over numeric answers, without sampling noise, and
-# checked against sampled answers. Parts are selected with one half of the names and judged by the other half.
-# Heads, neurons (MLP units) and weights are compared within the same limit of perplexity. Three controls
-# stand beside every method: as many parts drawn at random, the groups swapped, the labels shuffled.
+# **Method.** The gap is read off the model's *distribution* over answers, without sampling noise: over
+# numbers, checked against sampled answers, or over two words such as yes and no (`words`). Parts are selected
+# with one half of the names and judged by the other, and the other way round, so that every name judges and
+# none judges what it selected. Heads, neurons (MLP units), weights and an erased direction are compared
+# within the same limit of perplexity, beside controls: as many parts drawn at random, the groups swapped, the
+# labels shuffled.
 #
 # **Cost.** With the defaults (a small model with a planted truth) about two minutes on one CPU core, 1 GB.
 # `params/smollm2.yaml`: about 12 minutes on one core with AMX (several times as long without), 5 GB.
@@ -38,8 +40,9 @@ model: str = "planted-audit"  # packaged name, small model, local folder, or Hug
 revision: str = ""  # hub commit or tag; "" takes the newest and records its commit
 dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:0, …
-contexts_source: str = "models/planted-audit/contexts.csv"  # biasprune, or a CSV file
+contexts_source: str = "models/planted-audit/contexts.csv"  # biasprune, decisions, or a CSV file
 names_source: str = "models/planted-audit/names.csv"  # census, biasprune (64), or a CSV file
+most_names: int = 0  # names of each race and gender, the first ones; 0 takes all
 compare_by: str = "race"  # race or gender
 groups: list = ["Ostrin", "Velani"]  # the gap is the first group's mean minus the second's
 audit_context: str = "market"  # the context to audit; 03_cross_context_transfer takes them all
@@ -48,6 +51,7 @@ corpus_name: str = "corpora/everyday"  # sotu, bold, wikitext-2, or a text file
 chat: bool = False  # ask through the tokenizer's chat template, or plainly
 prefix: bool = True  # start the answer with the context's unit sign, such as "$"
 suffix: str = "Reply with a single number and nothing else."  # put after every question
+words: list = []  # two words that count as 1 and 0, such as [yes, no], instead of numbers
 answer_tokens: int = 4  # length of a sampled answer (paper: 10)
 answer_temperature: float = 0.6  # as in the paper
 answer_top_k: int = 50  # draw answers from the k likeliest tokens; 0 takes all, which is slow
@@ -57,17 +61,19 @@ most_numbers: int = 12  # numbers whose probability is read off, per question
 log_values: bool = True  # compare logarithms of the answers
 audit_window: int = 64  # tokens per perplexity window
 audit_tokens: int = 1024  # tokens of text for perplexity, and as a utility set
-part_shares: dict = {  # parts by slope: the share removed; by set difference: p
-    "heads": [0.07, 0.13, 0.19],
-    "neurons": [0.002, 0.004, 0.008, 0.02],
-    "weights": [0.02, 0.05, 0.1],
+part_shares: dict = {  # parts by slope: the share removed; by set difference: p; [] leaves a method out
+    "heads": [0.07, 0.13],
+    "neurons": [0.004, 0.008],
+    "weights": [0.02, 0.05],
+    "weights, as published": [0.15],
 }
 # share protected for its effect on prose (utility set)
 protect_share: dict = {"heads": 0.3, "neurons": 0.01, "weights": 0.05}
 # set difference: share protected for the first group, in shares pruned for the second
 protect_group: dict = {"heads": 0.125, "neurons": 1.0, "weights": 1.0}
+extra_methods: list = ["heads, attention", "direction"]  # beside those; "heads, attention, uniform", too
 damage: float = 1.1  # perplexity limit, × unpruned, at which methods are compared
-control_draws: int = 3  # random controls per method
+control_draws: int = 2  # random controls per method
 control_shuffles: int = 1  # controls with shuffled labels per method
 smallest_effect: float = 0.0  # SMD: a gap, or what one removes more than another, counts beyond this
 removed_share: float = 0.5  # "pruning removes the gap" is refuted if certainly less than this share goes
@@ -79,7 +85,7 @@ out: str = ""  # output folder; "" makes one below runs/ in the working director
 import json
 from contextlib import nullcontext, suppress
 from functools import cache, partial
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +95,13 @@ from IPython.display import Markdown, display
 
 from biasprune import figures
 from biasprune.core import weights
-from biasprune.core.masks import Pruning
-from biasprune.core.model import load, weight_of
+from biasprune.core.masks import Pruning, ablating
+from biasprune.core.model import load, query_projections, weight_of
 from biasprune.core.run import start
 from biasprune.core.stats import Estimate, verdict
 from biasprune.measures import numbers, prose
 from biasprune.methods import judge, parts
+from biasprune.methods import names as of_names
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -109,37 +116,44 @@ if control_draws < 1:
     raise ValueError("control_draws = 0: a selection needs at least one random control to be compared with.")
 net = load(model, revision=revision or None, dtype=dtype, device=device)
 contexts = numbers.contexts(contexts_source, [audit_context], max_variations)
-train_names, test_names = numbers.names(names_source, compare_by, groups)
-names = pd.concat([train_names, test_names], ignore_index=True)
+half_names = dict(zip("AB", numbers.names(names_source, compare_by, groups, most_names), strict=True))
+names = pd.concat(half_names.values(), ignore_index=True)
 texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
-sizes = f"{len(contexts)} questions, {len(train_names)} names to select with, {len(test_names)} to judge by."
+sizes = f"{len(contexts)} questions, {len(names)} names in two halves."
 display(Markdown(f"{sizes} For example: *{contexts['question'].iloc[0]}*"))
 # some chat templates hold today's date: answers of different days aren't mixed
 asked = ""
+if any("attention" in family for family in extra_methods):
+    query_projections(net)  # refused before hours of work where they aren't known
 with nullcontext() if chat else suppress(ValueError):  # no template, or one that refuses the question
     asked = numbers.as_chat(net, contexts["question"].iloc[0])
 run.inputs(lm=net, contexts=contexts, names=names, asked=asked, **texts)
 
 # %% [markdown]
-# ## 1 Does the model answer with numbers?
-# Sampled answers, asked in each way that the model allows. `unparsable` is the share without a number,
-# `distinct` the number of different answers to a question.
+# ## 1 Does the model answer?
+# Asked in each way that the model allows. `unparsable` is the share of sampled answers without a number,
+# `distinct` the number of different answers to a question; of given words, `unparsable` is the probability of
+# anything else.
 
 # %%
 drawing = {"max_new_tokens": answer_tokens, "temperature": answer_temperature, "top_k": answer_top_k}
-settings = {**drawing, "suffix": suffix, "most": most_numbers, "log": log_values}
+settings = {**drawing, "suffix": suffix, "most": most_numbers, "log": log_values, "words": tuple(words)}
 often = numbers.Asking(seeds=tuple(range(answer_seeds)), chat=chat, prefix=prefix, **settings)
 seldom = numbers.Asking(seeds=tuple(range(judge_seeds)), chat=chat, prefix=prefix, **settings)
 versus = {"by": compare_by, "groups": groups}
-few = train_names.groupby(compare_by).head(4)
+few = names.groupby(compare_by).head(4)
 
 
 def way(with_chat: bool, with_prefix: bool) -> dict:
     asking = numbers.Asking(seeds=often.seeds, chat=with_chat, prefix=with_prefix, **settings)
     measure = numbers.numbers(net, contexts, few, asking=asking, **versus)
+    row = {"chat": with_chat, "prefix": with_prefix, "answers": len(measure.prompts)}
+    if words:
+        p = numbers.probabilities(net, asking, measure.prompts, numbers.words(net, asking)).sum(1)
+        return {**row, "unparsable": 1 - p.mean(), "example": measure.prompts[0]}
     answers = numbers.answers(net, asking, measure.prompts).merge(measure.items.iloc[::2], on="prompt")
-    row = {"chat": with_chat, "prefix": with_prefix, "answers": len(answers)}
-    row |= {"unparsable": answers["value"].isna().mean(), "median": answers["value"].median()}
+    row |= {"answers": len(answers), "unparsable": answers["value"].isna().mean()}
+    row |= {"median": answers["value"].median()}
     row["distinct"] = answers.groupby("question")["value"].nunique().mean()
     return {**row, "example": answers["text"].iloc[0].strip()}
 
@@ -159,7 +173,8 @@ ways.assign(used_below=used).style.hide(axis="index").format(precision=2)
 
 # %%
 whole = numbers.numbers(net, contexts, names, asking=often, **versus)
-run.frame("sampled", lambda: numbers.answers(net, often, whole.prompts))
+if not words:
+    run.frame("sampled", lambda: numbers.answers(net, often, whole.prompts))
 frame = run.frame("unpruned", lambda: whole.read(net, [Pruning()], progress="unpruned"))
 gaps = run.frame("gaps", lambda: whole.gaps(frame).merge(whole.health(frame), on=["pruning", "question"]))
 ends = {"low": "smd_low", "high": "smd_high", "xlabel": f"SMD, {groups[0]} − {groups[1]}, all names"}
@@ -187,30 +202,57 @@ overview = run.frame("overview", lambda: pd.DataFrame([by(column) for column in 
 overview.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
-# From here on the direction of every question's gap is taken from the names that selections are made with, so
-# that noise among the others doesn't count as bias. The two halves should agree on it.
+# Here each half's names tell the direction of every question's gap for the other half, so that noise doesn't
+# count as bias. The two halves should agree on it.
 
 # %%
-train, test, everyone = (
-    numbers.numbers(net, contexts, some, asking=seldom, **versus) for some in (train_names, test_names, names)
-)
+halves = {h: numbers.numbers(net, contexts, some, asking=seldom, **versus) for h, some in half_names.items()}
+everyone = numbers.numbers(net, contexts, names, asking=seldom, **versus)
 before = everyone.read(net, [Pruning()])
-signs = {q: one.readings(before).bias()[0] for q, one in train.split("question").items()}
-halves = {"train": train.directed(signs), "test": test.directed(signs)}
+signs = {
+    h: {q: one.readings(before).bias()[0] for q, one in m.split("question").items()}
+    for h, m in halves.items()
+}
+OTHER = {"A": "B", "B": "A"}
+views = {f"{s} → {j}": halves[j].directed(signs[s]) for s, j in product("AB", "AB")}
 cut = {"length": audit_window, "max_tokens": audit_tokens}
-halves["perplexity"] = prose.prose(net, texts["test"], **cut)
-agree = (halves["test"].gaps(before)["smd"] > 0).mean()
+perplexity = prose.prose(net, texts["test"], **cut)
+agree = np.mean([signs["A"][q] * gap > 0 for q, gap in signs["B"].items()])
 Markdown(f"Directions agree between the halves for {agree:.0%} of the questions.")
+
+# %% [markdown]
+# A cheaper fix, for numbers: the question with a price or rate of reference before it (`anchor` of the
+# questions' table). Mean |SMD| over questions, all names.
+
+# %%
+anchored = pd.DataFrame()
+if "anchor" in contexts and not words:
+    told = contexts.assign(question=contexts["anchor"] + " " + contexts["question"])
+    told = numbers.numbers(net, told, names, asking=seldom, **versus)
+    both = {"no": (everyone, before), "yes": (told, told.read(net, [Pruning()]))}
+    rows = [
+        m.gaps(f).merge(m.health(f)).assign(anchor=a, gap=lambda t: t["smd"].abs())
+        for a, (m, f) in both.items()
+    ]
+    anchored = (
+        pd.concat(rows).groupby("anchor")[["gap", "floor", "covered", "unparsable"]].mean().reset_index()
+    )
+anchored = run.frame("anchored", lambda: anchored)
+anchored.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 3 Select
 # - **set difference**: the top share p by SNIP on the second group's answers, minus the top `protect_group` ×
 #   p on the first group's, minus the top `protect_share` on prose.
 # - **Wanda**: the same by Wanda scores, from every output row.
-# - **as published**: Wanda with every layer scored on the embeddings, no prose, and the model pruned in
-#   place, one question after the other.
+# - **as published**: Wanda over prompt and answer with every layer scored on the embeddings, whole matrices,
+#   no prose, and the model pruned in place, one question after the other.
 # - **slope**: the parts that add most to the gap to first order (∂SMD/∂mask), outside those that matter most
 #   for prose.
+# - **attention**: the heads that attend most to the name where the answer is written, one after the other;
+#   `uniform`: removed by zeroing their queries alone, as the public code does.
+# - **direction**: no part is removed, but in every layer the direction in which the groups' mean hidden
+#   states differ is erased.
 #
 # Heads are chosen from the whole model, neurons from every layer by set difference and from the whole model
 # by slope, weights from every matrix. Each is tried at several thresholds.
@@ -239,37 +281,103 @@ families = {
     "weights, Wanda": difference("weights", "weights", score="wanda"),
     "weights, as published": ("weights", lambda share: parts.as_published(share, "question")),
 }
-methods = {f"{f}, {p:g}": cache(make(p)) for f, (what, make) in families.items() for p in part_shares[what]}
-measures = {"train": train, "all": everyone, "perplexity": halves["perplexity"]}
-pairs, options = [("train", "all")], {"always": ["perplexity"]}
-pieces = partial(run.pieces, "swept")
-swept = judge.select_and_judge(net, methods, pairs, measures, pieces=pieces, **options)
+if attending := [x for x in extra_methods if x.startswith("heads, attention")]:
+    families["heads, attention"] = ("heads", of_names.by_attention)
+shares = {f: part_shares.get(f, part_shares[what]) for f, (what, _) in families.items()}
+families = {f: made for f, made in families.items() if shares[f]}
+methods = {f"{f}, {p:g}": cache(make(p)) for f, (_, make) in families.items() for p in shares[f]}
+judges = {**halves, "perplexity": perplexity}
+
+
+def select_and_judge(name: str, some: dict, by: str, on: str) -> pd.DataFrame:
+    keep = {"always": ["perplexity"], "pieces": partial(run.pieces, f"{name} {by}")}
+    return judge.select_and_judge(net, some, [(by, half) for half in on], judges, **keep)
+
+
+def erase(by: str, seed: int | None = None) -> pd.DataFrame:
+    found = of_names.directions(net, halves[by])
+    found = found if seed is None else of_names.random_like(found, seed)
+    name = "direction, 1" if seed is None else f"direction; random {seed}"
+    with of_names.erased(net, found) as changed:
+        frame = judge.read(changed, [Pruning()], judges, method=name, selected_by=by)
+    return frame.assign(pruning=f"{name} of {by}", parts=len(found))
+
+
+def uniform(method: str, by: str) -> pd.DataFrame:
+    changed, pruning = ablating(net, "uniform", texts["valid"].ids[:1]), methods[method](net, halves[by])
+    name = method.replace("attention", "attention, uniform")
+    frame = judge.read(changed, [pruning], judges, method=name, selected_by=by)
+    return frame.assign(pruning=f"{pruning} uniform")
+
+
+extra = {}
+for by in "AB":
+    if "direction" in extra_methods:
+        extra |= {f"direction of {by}": partial(erase, by)}
+        extra |= {f"random {k} of {by}": partial(erase, by, k) for k in range(control_draws)}
+    if "heads, attention, uniform" in attending:
+        tried = [m for m in methods if m.startswith("heads, attention")]
+        extra |= {f"{m}, uniform, of {by}": partial(uniform, m, by) for m in tried}
+swept = [select_and_judge("swept", methods, by, "AB") for by in "AB"]
+swept = pd.concat([swept[0], swept[1][swept[1]["method"] != ""]])
+swept = pd.concat([swept, run.pieces("extra", extra)]) if extra else swept
 
 
 # %%
 def by_half(frame: pd.DataFrame) -> judge.Judged:
-    answers, damaged = (frame[frame["judged_by"] == name] for name in ("all", "perplexity"))
-    both = [answers.assign(judged_by=half) for half in ("train", "test")]
-    return judge.judged(pd.concat([damaged, *both]), halves)
+    damaged, seen = frame[frame["judged_by"] == "perplexity"], []
+    for s, j in product("AB", "AB"):
+        part = frame[frame["selected_by"].isin(["", s]) & (frame["judged_by"] == j)]
+        seen.append(part.assign(judged_by=f"{s} → {j}"))
+    return judge.judged(pd.concat([damaged, *seen]), {**views, "perplexity": perplexity})
+
+
+def rows_of(after: judge.Judged, method: str, *, by: str = "AB", held_out: bool = True) -> np.ndarray:
+    each = [
+        after.rows(method=method, judged_by=f"{s} → {OTHER[s] if held_out else s}", selected_by=["", s])
+        for s in by
+    ]
+    return np.concatenate(each)
+
+
+def damage_of(after: judge.Judged, method: str, by: str = "AB") -> float:
+    named = {"judged_by": "perplexity", "selected_by": ["", *by]}
+    ppl = [after.bias(after.rows(method=m, **named)).point for m in (method, "")]
+    return ppl[0] / ppl[1]
+
+
+def answered(frame: pd.DataFrame) -> pd.DataFrame:
+    each = []
+    for s, o in OTHER.items():
+        part, test = frame[frame["selected_by"].isin(["", s]) & (frame["judged_by"] == o)], halves[o]
+        of = part[["pruning", "method"]].drop_duplicates()
+        each.append(test.gaps(part, n_perm=50).merge(test.health(part)).merge(of, on="pruning"))
+    each = pd.concat(each).assign(gap=lambda t: t["smd"].abs(), sampled_smd=lambda t: t["sampled_smd"].abs())
+    wanted = ["gap", "floor", "covered", "unparsable", "distinct", "inliers", "sampled_smd"]
+    return each.groupby("method")[wanted].mean()
+
+
+def row(after: judge.Judged, method: str) -> dict:
+    held, own = rows_of(after, method), rows_of(after, method, held_out=False)
+    made = {"method": method, "parts": after.table["parts"][held].mean()}
+    made |= {"ppl_ratio": damage_of(after, method), "removed_own": after.removed(own).point}
+    return made | after.bias(held).row("directed") | after.removed(held).row("removed")
 
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:
-    table = {name: t.set_index("method") for name, t in by_half(frame).table.groupby("judged_by")}
-    rows = table["test"].rename(columns=lambda c: c.replace("bias", "directed"))
-    rows = rows.assign(removed_train=table["train"]["removed"], ppl=table["perplexity"]["bias"])
-    answers = frame[frame["judged_by"] == "all"]
-    each = test.gaps(answers).merge(test.health(answers)).assign(gap=lambda t: t["smd"].abs())
-    each = each.groupby("pruning")[["gap", "floor", "covered", "unparsable", "distinct", "inliers"]].mean()
-    return rows.join(each, on="pruning").assign(ppl_ratio=rows["ppl"] / rows.loc["", "ppl"]).reset_index()
+    after = by_half(frame)
+    table = pd.DataFrame([row(after, m) for m in frame["method"].unique() if ";" not in m])
+    return table.join(answered(frame), on="method")
 
 
+after = by_half(swept)
 sweep = run.frame("sweep", lambda: rates(swept))
 sweep[["family", "share"]] = [m.rsplit(", ", 1) if m else ("unpruned", "0") for m in sweep["method"]]
-shown = sweep.set_index(["family", "share"]).filter(regex="parts|ratio|gap|floor|^removed(?!_t)|cov|dist|inl")
+shown = sweep.set_index(["family", "share"]).filter(regex="parts|ratio|gap|floor|^removed(?!_o)|cov|dist|inl")
 shown.style.format(precision=3).format("{:,.0f}", subset="parts")
 
 # %% [markdown]
-# Names to judge by. `gap` is the mean |SMD| over questions, as in the paper; noise alone gives `floor`.
+# Names that didn't select. `gap` is the mean |SMD| over questions, as in the paper; noise alone gives `floor`.
 # `removed` is how much of the SMD is gone, in the direction known from the other names, with 95 % intervals
 # over names (0: nothing; below 0: the gap grew). Each pruned model is read off for the numbers that it comes
 # to itself. Beside it its health: `covered`, the probability of those numbers; of sampled answers `distinct`,
@@ -283,76 +391,102 @@ run.figure(figures.lines(pruned, "ppl_ratio", "removed", "family", logx=True, **
 
 # %% [markdown]
 # ## 4 Within one limit of perplexity, beside the controls
-# Each method at the threshold that removes most among the names it was selected with, of those with a
-# perplexity of at most `damage` × unpruned (the least harmful threshold if there is none). Controls: as many
-# parts of the same layers, drawn at random; selected with the groups swapped (a slope has no direction to
-# swap); selected with the names' labels shuffled. What a control removes too has nothing to do with these
-# groups in particular: a slope under shuffled labels still points at whatever makes names differ, of which
-# the groups' difference may be the largest part.
+# For either half each method at the threshold that removes most among the names it was selected with, of
+# those with a perplexity of at most `damage` × unpruned (the least harmful threshold if there is none).
+# Controls: as many parts of the same layers, drawn at random; selected with the groups swapped (a slope has
+# no direction to swap); selected with the names' labels shuffled. What a control removes too has nothing to
+# do with these groups in particular: a slope under shuffled labels still points at whatever makes names
+# differ, of which the groups' difference may be the largest part.
 
 # %%
-able = pruned[(pruned["ppl_ratio"] <= damage) & (pruned["parts"] > 0) & pruned["removed_train"].notna()]
-order = [able.sort_values("removed_train", ascending=False, kind="stable"), pruned.sort_values("ppl_ratio")]
-chosen = pd.concat(order).drop_duplicates("family").set_index("family").loc[list(families)]
+tried = pd.DataFrame(
+    {
+        **dict(zip(("family", "share"), m.rsplit(", ", 1), strict=True)),
+        "method": m,
+        "by": s,
+        "ppl_ratio": damage_of(after, m, s),
+        "parts": after.table["parts"][rows_of(after, m, by=s)].mean(),
+        "removed_own": after.removed(rows_of(after, m, by=s, held_out=False)).point,
+    }
+    for m in swept["method"].unique()
+    if m and ";" not in m
+    for s in "AB"
+)
+tried["fair"] = (tried["ppl_ratio"] <= damage) & (tried["parts"] > 0) & tried["removed_own"].notna()
+able = tried[tried["fair"]].sort_values("removed_own", ascending=False, kind="stable")
+order = pd.concat([able, tried.sort_values("ppl_ratio", kind="stable")])
+chosen = order.drop_duplicates(["family", "by"]).set_index(["family", "by"]).sort_index()
+kept_families = list(dict.fromkeys(tried["family"]))
 
 
-def controls(family: str) -> dict:
-    method, made = methods[chosen.loc[family, "method"]], {}
+def controls(family: str, by: str) -> dict:
+    method, made = methods[chosen.loc[(family, by), "method"]], {}
     made |= {f"{family}; random {k}": parts.matched(method, k) for k in range(control_draws)}
-    if not family.endswith("slope"):
+    if not family.endswith(("slope", "attention")):
         made[f"{family}; swapped"] = parts.relabelled(method)
-    return made | {f"{family}; shuffled {k}": parts.relabelled(method, k) for k in range(control_shuffles)}
+    shuffles = range(0 if family.endswith("attention") else control_shuffles)
+    return made | {f"{family}; shuffled {k}": parts.relabelled(method, k) for k in shuffles}
 
 
-beside_them = {name: method for family in families for name, method in controls(family).items()}
-pieces = partial(run.pieces, "controls")
-controlled = judge.select_and_judge(net, beside_them, pairs, measures, pieces=pieces, **options)
-after = by_half(pd.concat([swept, controlled[controlled["method"] != ""]]))
+beside_them = {s: dict(chain(*(controls(f, s).items() for f in families))) for s in "AB"}
+controlled = pd.concat([select_and_judge("controls", beside_them[s], s, o) for s, o in OTHER.items()])
+everything = pd.concat([swept, controlled[controlled["method"] != ""]])
+after = by_half(everything)
 
 
 # %%
-def against(family: str, control: str) -> dict:
-    named = [name for name in beside_them if name.startswith(f"{family}; {control}")]
-    if not named:
-        return {}
-    rows = [after.rows(method=name, judged_by="test") for name in named]
-    more = after.more(after.rows(method=chosen.loc[family, "method"], judged_by="test"), rows)
-    ppl = [after.bias(after.rows(method=name, judged_by="perplexity")).point for name in ("", named)]
-    return {**more.row(f"against_{control}"), f"{control}_ppl_ratio": ppl[1] / ppl[0]}
+def held_out(picked: dict) -> np.ndarray:
+    return np.concatenate([rows_of(after, chosen.loc[(f, s), "method"], by=s) for s, f in picked.items()])
+
+
+def whole_row(family: str) -> dict:
+    picked, made = {s: family for s in "AB"}, chosen.loc[family]
+    held, row = held_out(picked), {"family": family, "share": " / ".join(dict.fromkeys(made["share"]))}
+    row |= {"parts": made["parts"].mean(), "ppl_ratio": made["ppl_ratio"].mean(), "fair": made["fair"].all()}
+    row |= {"removed_own": made["removed_own"].mean()} | after.removed(held).row("removed")
+    row |= after.share(held).row("share_removed")
+    names = [m for m in everything["method"].unique() if m.startswith(f"{family.split(', uniform')[0]}; ")]
+    for kind in ("random", "swapped", "shuffled"):
+        if named := [m for m in names if m.partition("; ")[2].startswith(kind)]:
+            row |= after.more(held, [rows_of(after, m) for m in named]).row(f"against_{kind}")
+            row[f"{kind}_ppl_ratio"] = np.mean([damage_of(after, m) for m in named])
+    return row
 
 
 kinds = ("random", "swapped", "shuffled")
-more = pd.DataFrame({f: {k: v for c in kinds for k, v in against(f, c).items()} for f in families}).T
-beside = run.frame("beside", lambda: chosen.join(more).reset_index())
+beside = run.frame("beside", lambda: pd.DataFrame([whole_row(f) for f in kept_families]))
 shapes, ends = {"removed": "removed"}, ["", "_low", "_high"]
 shapes |= {f"more than {c}": f"against_{c}" for c in kinds if f"against_{c}" in beside}
 drawn = {what: beside[["family", *(f"{c}{end}" for end in ends)]] for what, c in shapes.items()}
 drawn = [t.set_axis(["method", "smd", "low", "high"], axis=1).assign(what=w) for w, t in drawn.items()]
 dots = {"low": "low", "high": "high", "panel": "what", "xlabel": "SMD removed, names to judge by"}
 run.figure(figures.intervals(pd.concat(drawn), "smd", "method", **dots), "beside_controls")
-shown = beside.set_index(["family", "share"]).filter(regex="parts|ratio|^removed(?!_t)|against")
+shown = beside.set_index(["family", "share"]).filter(regex="parts|ratio|^removed(?!_o)|share_|against")
 shown.style.format(precision=3, na_rep="–").format("{:,.0f}", subset="parts")
 
 # %% [markdown]
-# ## 5 Anomalous behaviour: sampled answers after pruning
-# What users would see, names to judge by. `inliers` as in the paper: the share of answers inside the unpruned
-# model's 5 – 95 % range (of its own answers, about .9). `mean_smd`: mean |SMD| of these few answers, as the
-# paper measures it.
+# ## 5 Anomalous behaviour
+# Names that didn't select. Of sampled answers, `inliers` as in the paper: the share inside the unpruned
+# model's 5 – 95 % range (of its own answers, about .9). `sampled_smd`: mean |SMD| of these few answers, as
+# the paper measures it; of given words the gap in standard deviations of names.
 
 # %%
-answered = test.health(swept[swept["judged_by"] == "all"])
-answered["mean_smd"] = answered["sampled_smd"].abs()
-after_all = answered.groupby("pruning")[["unparsable", "distinct", "inliers", "mean_smd"]].mean()
-rows = pd.concat([sweep[sweep["family"] == "unpruned"], beside])[["family", "pruning", "ppl"]]
-anomalies = run.frame("anomalies", lambda: rows.join(after_all, on="pruning").drop(columns="pruning"))
-anomalies.style.hide(axis="index").format(precision=3)
+picks = chosen.reset_index()[["family", "by", "method"]]
+picks = picks.merge(everything.rename(columns={"selected_by": "by"}), on=["method", "by"])
+picks = picks.assign(method=picks["family"]).rename(columns={"by": "selected_by"}).drop(columns="family")
+anomalies = answered(pd.concat([everything[everything["method"] == ""], picks]))
+anomalies = run.frame(
+    "anomalies", lambda: anomalies.rename(index={"": "unpruned"}).reset_index(names="family")
+)
+anomalies.drop(columns=["gap", "floor"]).style.hide(axis="index").format(precision=3, na_rep="–")
 
 # %% [markdown]
 # ## 6 Do the selections hang together?
-# Share of one selection that another one makes too, at the thresholds above, against what chance gives.
+# Share of one selection that another one makes too, at the thresholds above with one half of the names,
+# against what chance gives.
 
 # %%
-made = {family: methods[chosen.loc[family, "method"]](net, train) for family in families}
+made = {family: methods[chosen.loc[(family, "A"), "method"]](net, halves["A"]) for family in families}
 modules = [m for layer in range(net.anatomy.n_layers) for m in weights.linears(net, layer).values()]
 sizes = {"heads": net.anatomy.n_flat, "neurons": net.anatomy.n_layers * net.anatomy.n_units}
 sizes["weights"] = sum(weight_of(m).numel() for m in modules)
@@ -371,59 +505,70 @@ overlap.style.hide(axis="index").format(precision=3)
 
 # %% [markdown]
 # ## 7 Verdict
-# An effect is there if its interval lies above `smallest_effect`, and isn't if it lies below. Methods are
-# picked by the names that selections are made with, never by those they are judged by, among those within the
-# perplexity limit.
+# An effect is there if its interval lies above `smallest_effect`, and isn't if it lies below. Thresholds and
+# methods are picked by the names that selections are made with, for either half, among those within the
+# perplexity limit, never by the names that they are judged by.
 
 # %%
-gap, nothing = after.bias(after.rows(method="", judged_by="test")), Estimate(np.nan, np.array([np.nan]))
+gap, nothing = after.bias(rows_of(after, "")), Estimate(np.nan, np.array([np.nan]))
 there, none = gap.interval()[0] > smallest_effect, "no threshold keeps the perplexity within the limit"
-fair = beside[(beside["ppl_ratio"] <= damage) & (beside["parts"] > 0) & beside["removed_train"].notna()]
-fair = fair.sort_values("removed_train", ascending=False, kind="stable")
-works = fair[(fair["removed_low"] > smallest_effect) & (fair["against_random_low"] > smallest_effect)]
-best = fair.assign(kind=fair["family"].str.split(",").str[0]).drop_duplicates("kind").set_index("kind")
+works = beside[beside["fair"] & (beside["removed_low"] > smallest_effect)]
+works = works[works["against_random_low"] > smallest_effect]
 health = anomalies.set_index("family")
 
 
 def effect(ours: Estimate, why: str, biased: bool = True) -> dict:
     low, high = ours.interval()
     said = verdict(reproduced=low > smallest_effect, refuted=high < smallest_effect, biased=biased)
-    why = why if np.isnan(ours.point) else f"{why} {ours.point:.2f} ({low:.2f} – {high:.2f})"
+    why = why if np.isnan(ours.point) else f"{why} {ours.point:.3f} ({low:.3f} – {high:.3f})"
     return {"ours": ours.point, "low": low, "high": high, "verdict": said, "why": why}
 
 
-def removed(row: pd.Series) -> Estimate:
-    return after.removed(after.rows(method=row["method"], judged_by="test"))
+def best(kind: str = "") -> dict:
+    """For either half, the family that removes most among its own names."""
+    fair = able[able["family"].str.startswith(kind)].drop_duplicates("by").set_index("by")["family"]
+    return fair.to_dict() if len(fair) == 2 else {}
 
 
-def removes(top: pd.Series) -> dict:
-    row = effect(removed(top), f"{top['family']}, best among the other names:")
-    works_too, refuted = top["family"] in set(works["family"]), row["high"] < removed_share * gap.point
-    why = f"{row['why']}, {top['against_random']:.2f} more than random; of all methods these work: "
-    why += f"{'; '.join(works['family']) or 'none'}; perplexity × {top['ppl_ratio']:.2f}"
-    return {**row, "verdict": verdict(reproduced=works_too, refuted=refuted, biased=there), "why": why}
+def named(picked: dict) -> str:
+    return " / ".join(dict.fromkeys(picked.values()))
+
+
+def removes(picked: dict) -> dict:
+    if not picked:
+        return effect(nothing, none, there)
+    rows = held_out(picked)
+    row = effect(after.removed(rows), f"{named(picked)}, best among the selecting names:")
+    share, good = after.share(rows), set(picked.values()) <= set(works["family"])
+    refuted = share.interval()[1] < removed_share
+    ppl = np.mean([chosen.loc[(f, s), "ppl_ratio"] for s, f in picked.items()])
+    why = f"{row['why']}, {share.point:.0%} of the gap; these do more than random: "
+    why += f"{'; '.join(works['family']) or 'none'}; perplexity × {ppl:.2f}"
+    return {**row, "verdict": verdict(reproduced=good, refuted=refuted, biased=there), "why": why}
 
 
 def finer(kind: str) -> dict:
-    if not {kind, "heads"} <= set(best.index):
+    fine, heads = best(kind), best("heads")
+    if not (fine and heads):
         return effect(nothing, none, there)
-    fine, heads = best.loc[kind], best.loc["heads"]
-    return effect(removed(fine) - removed(heads), f"{fine['family']} − {heads['family']}:", there)
+    more = after.removed(held_out(fine)) - after.removed(held_out(heads))
+    return effect(more, f"{named(fine)} − {named(heads)}:", there)
 
 
 def anomalous(kept: pd.DataFrame) -> dict:
-    usual = kept["inliers"].ge(health.loc["unpruned", "inliers"] - inliers_lost)
+    usual = kept["inliers"].isna() | kept["inliers"].ge(health.loc["unpruned", "inliers"] - inliers_lost)
     usual &= kept["unparsable"].le(health.loc["unpruned", "unparsable"] + unparsable_more)
     said = verdict(reproduced=usual.iloc[0], refuted=not usual.iloc[0], biased=there)
     each = "; ".join(f"{m} {k['inliers']:.2f} and {k['unparsable']:.2f}" for m, k in kept.iterrows())
     why = f"inliers and unparsable answers of the methods that remove it: {each}"
-    return {**effect(nothing, why), "ours": kept["inliers"].iloc[0], "verdict": said}
+    ours = kept["unparsable" if words else "inliers"].iloc[0]
+    return {**effect(nothing, why), "ours": ours, "verdict": said}
 
 
 no_cost = effect(nothing, "no method removes the gap, so there is nothing to pay for", there)
 verdicts = {
     "B1": effect(gap, "mean SMD"),
-    "B2": removes(fair.iloc[0]) if len(fair) else effect(nothing, none, there),
+    "B2": removes(best()),
     "B3 neurons": finer("neurons"),
     "B3 weights": finer("weights"),
     "B4": anomalous(health.loc[works["family"]]) if len(works) else no_cost,
@@ -439,7 +584,10 @@ claims = {
     ),
     "B3 neurons": ("Neurons remove more than heads", "SMD removed, neurons − heads"),
     "B3 weights": ("Weights remove more than heads", "SMD removed, weights − heads"),
-    "B4": ("Little anomalous behaviour", "share of answers within the unpruned model's 5 – 95 % range"),
+    "B4": (
+        "Little anomalous behaviour",
+        f"share of answers {'other than the given words' if words else 'in the unpruned 5 – 95 % range'}",
+    ),
 }
 verdicts = pd.DataFrame([{"id": i, "case": "", "claim": claims[i][0], **v} for i, v in verdicts.items()])
 verdicts["what"] = [claims[i][1] + ("; 95 % over names" if i != "B4" else "") for i in verdicts["id"]]
@@ -461,7 +609,7 @@ if there and truth.is_file() and "circuits" in (planted := json.loads(truth.read
 
 # %%
 shown_tables = {
-    "ways_to_ask": "Does the model answer with numbers? Ways to ask",
+    "ways_to_ask": "Does the model answer? Ways to ask",
     "overview": "Mean SMD over the questions of this context, all names",
     "beside": "SMD removed at the chosen thresholds, and how much more than the controls remove (95 %)",
     "anomalies": "Sampled answers after pruning",

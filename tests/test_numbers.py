@@ -188,7 +188,7 @@ def test_distribution_is_the_definition(arch_lm):
         with masked(arch_lm, pruning):
             p = np.array([one_by_one(arch_lm, x, CANDIDATES, 1.5, comma) for x in PROMPTS])
             two = torch.tensor([arch_lm.tokenizer(x)["input_ids"] for x in PROMPTS[2:]])
-            np.testing.assert_allclose(nb._probs(arch_lm, two, list(CANDIDATES), 1.5), p[2:], rtol=2e-3, atol=1e-7)
+            np.testing.assert_allclose(nb._probs(arch_lm, two, list(CANDIDATES), asking), p[2:], rtol=2e-3, atol=1e-7)
             got = nb.moments(arch_lm, asking, PROMPTS, CANDIDATES)
         covered = p.sum(1)
         expected = np.stack([p @ value / covered, p @ value**2 / covered, covered], 1)
@@ -213,7 +213,7 @@ def test_distribution_agrees_with_sampling():
     four, zero = (lm.tokenizer.get_vocab()[t] for t in "40")
     tokens, ids = [(four,), (four, zero)], torch.tensor([lm.tokenizer(PROMPTS[0])["input_ids"]])
     expected = one_by_one(lm, PROMPTS[0], tokens, 0.6, nb._carries(lm).tolist())
-    np.testing.assert_allclose(nb._probs(lm, ids, tokens, 0.6)[0], expected, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(nb._probs(lm, ids, tokens, asking)[0], expected, rtol=1e-4, atol=1e-9)
 
 
 def test_half_precision_is_mended():
@@ -422,27 +422,46 @@ def test_directions_come_from_other_names(planted_audit):
     assert (table["floor"] < table["smd"].abs() / 4).all()
 
 
+@torch.no_grad()
 def test_as_published_against_a_plain_reimplementation(planted_audit):
-    """Row by row the top share of one group's scores minus that of the other's, one question after the other."""
+    """Every layer is fed the embeddings of prompts with answers; whole matrices; one question after the other."""
     lm, train, test, _, _ = planted_audit
-    one, zeros = train.split("context")["market"], {}
+    one, base, zeros = train.split("context")["market"], lm.model.transformer, {}
     for question in one.split("question").values():
-        sets, more = question.examples(lm), {}
+        answers, top = question.own_answers(lm), {}
         with masked(lm, Pruning(weights=zeros)):
-            norms = [weights.input_norms(lm, x, rule="as_published") for x in sets]
-            for name, module in (x for i in range(lm.anatomy.n_layers) for x in weights.linears(lm, i).items()):
-                size, chosen = model.weight_of(module).detach().abs().numpy(), []
-                for norm in norms:
-                    score = size * np.sqrt(norm[name].numpy()).astype(np.float32)
-                    order = np.argsort(-score, axis=1, kind="stable")[:, : score.shape[1] // 10]
-                    chosen.append({i * score.shape[1] + j for i, row in enumerate(order) for j in row.tolist()})
-                more[name] = chosen[0] - chosen[1] | set(zeros.get(name, torch.tensor([])).tolist())
-        zeros = {name: torch.tensor(sorted(index)) for name, index in more.items()}
-    pruning, market = parts.as_published(0.1, "question")(lm, one), test.split("context")["market"]
-    assert pruning == Pruning(weights=zeros) and len(pruning) > 1000
+            for group in GROUPS:
+                sums: dict[str, float] = {}
+                rows = answers[answers["group"] == group]
+                for prompt, answer in zip(rows["ids"], rows["answer"], strict=True):
+                    ids = torch.tensor([prompt + answer])
+                    x = base.wte(ids) + base.wpe(torch.arange(ids.shape[1]))
+                    for i, layer in enumerate(base.h):
+                        hooks = [
+                            module.register_forward_pre_hook(
+                                lambda module, args, name=name, sums=sums: sums.update(
+                                    {name: sums.get(name, 0) + args[0][0].square().sum(0)}
+                                )
+                            )
+                            for name, module in weights.linears(lm, i).items()
+                        ]
+                        layer(x)
+                        for hook in hooks:
+                            hook.remove()
+                for name, norm in sums.items():
+                    score = model.weight_of(lm.model.get_submodule(name)).abs() * (norm / len(rows)).sqrt()
+                    order = score.flatten().argsort(descending=True)[: int(0.15 * score.numel())]
+                    top[group, name] = set(order.tolist())
+        for name in sums:
+            more = top[GROUPS[1], name] - top[GROUPS[0], name] | set(zeros.get(name, torch.tensor([])).tolist())
+            zeros[name] = torch.tensor(sorted(more), dtype=torch.int64)
+    pruning, market = parts.as_published(0.15, "question")(lm, one), test.split("context")["market"]
+    ours, plain = pruning.weights, Pruning(weights=zeros).weights
+    differ = sum(len(set(ours[n].tolist()) ^ set(plain[n].tolist())) for n in plain)
+    assert len(pruning) > 1000 and differ <= len(pruning) * 0.002, "but for ties to the last digit"
     whole, left = market.readings(market.read(lm, [Pruning(), pruning])).bias()
     again = market.readings(market.read(lm, [Pruning()])).bias()[0]
-    assert abs(left - whole) > 0.1 and again == pytest.approx(whole, abs=1e-5), "the model leaves as it came"
+    assert left != whole and again == pytest.approx(whole, abs=1e-5), "the model leaves as it came"
 
 
 def test_health_by_hand(planted_audit):
@@ -472,3 +491,47 @@ def test_a_model_that_answers_nothing_is_named(tiny, monkeypatch):
     measure = nb.numbers(tiny, contexts, names, by="race", groups=["x", "y"], asking=ASKING)
     with pytest.raises(ValueError, match="no two different numbers among 16 answers, such as .* ask otherwise"):
         measure.read(tiny, [Pruning()])
+
+
+DECIDING = replace(ASKING, words=("is", "was"), suffix="", temperature=1.0, log=True)
+
+
+@torch.no_grad()
+def test_words_by_the_whole_distribution(arch_lm):
+    """p(first word) among two words, and their probability, from the logits of the model as it is."""
+    contexts = pd.DataFrame({"context": ["c"], "variation": "v", "question": "the {name} very", "prefix": ""})
+    names = pd.DataFrame({"name": ["friend", "neighbour", "old", "young"], "race": list("xyxy"), "gender": "f"})
+    measure = nb.numbers(arch_lm, contexts, names, by="race", groups=["x", "y"], asking=DECIDING)
+    for pruning in (Pruning(), Pruning(heads={2, 6})):
+        frame, expected = measure.read(arch_lm, [pruning]), []
+        with masked(arch_lm, pruning):
+            for prompt in measure.prompts:
+                ids = model.encode(arch_lm, [prompt])
+                p = arch_lm.model(torch.tensor(ids)).logits[0, -1].float().softmax(-1)
+                yes = sum(p[t[0]] for t, v in nb.words(arch_lm, DECIDING).items() if v == 1)
+                no = sum(p[t[0]] for t, v in nb.words(arch_lm, DECIDING).items() if v == 0)
+                expected.append((float(yes / (yes + no)), float(yes + no)))
+        assert frame["value"][::2].tolist() == pytest.approx([e[0] for e in expected], rel=1e-3)
+        assert frame["value"][::2].tolist() == frame["value"][1::2].tolist(), "0 and 1 are their own squares"
+        assert frame["covered"][::2].tolist() == pytest.approx([e[1] for e in expected], rel=1e-3)
+    health = measure.health(measure.read(arch_lm, [Pruning()]))
+    assert health["unparsable"][0] == pytest.approx(1 - health["covered"][0])
+
+
+def test_slopes_of_decisions_are_those_of_removal(planted_audit):
+    lm = planted_audit[0]
+    contexts = nb.contexts("models/planted-audit/contexts.csv", most=1)
+    halves = nb.names("models/planted-audit/names.csv", "race", GROUPS, most=4)
+    asking = replace(ASKING, words=("2", "5"), temperature=1.0)
+    measure = nb.numbers(lm, contexts, pd.concat(halves), by="race", groups=GROUPS, asking=asking)
+    assert len(measure.prompts) == len(contexts) * sum(map(len, halves))
+    some = [Pruning(heads={h}) for h in range(lm.anatomy.n_flat)]
+    removed = measure.readings(measure.read(lm, [Pruning(), *some]))
+    mean, slopes = removed.values[:, ::2].mean(1), measure.slopes(lm)[::2].mean(0).ravel()
+    assert np.corrcoef(mean[0] - mean[1:], slopes)[0, 1] > 0.7
+
+
+def test_decisions_are_questions_with_a_name():
+    table = nb.contexts("decisions")
+    assert set(table["context"]) == {"hiring", "lending", "renting", "trust", "screening"}
+    assert table.groupby("context").size().ge(3).all() and not table.duplicated().any()

@@ -33,6 +33,10 @@ class Examples:
         """Numbers of the examples of every batch."""
         return torch.arange(len(self.ids)).split(max(1, batch_tokens // self.ids.shape[1]))
 
+    def with_prompts(self) -> Examples:
+        """The same texts, of which every token up to the last counted one counts."""
+        return Examples(self.ids, self.counted.flip(1).cummax(1).values.flip(1))
+
 
 def examples(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Examples:
     """Prompts with responses, as token ids; the responses' tokens count."""
@@ -53,7 +57,7 @@ def linears(lm: LM, layer: int) -> dict[str, nn.Module]:
     return {f"{root}.{name}": m for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
 
 
-def _hidden(change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def fed(change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A pre-hook that changes the hidden states that go into a layer."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
@@ -74,7 +78,7 @@ def input_norms(lm: LM, of: Examples, *, rule: str = "corrected", batch_tokens: 
         x = args[0].reshape(*state["counted"].shape, -1)[state["counted"].to(args[0].device)].double()
         sums[name] = sums.get(name, 0) + x.square().sum(0).cpu()
 
-    feed = partial(_hidden, lambda x: state.setdefault("embeddings", x))
+    feed = partial(fed, lambda x: state.setdefault("embeddings", x))
     with ExitStack() as hooks:
         for i, layer in enumerate(lm.anatomy.layers):
             if rule == "as_published":
@@ -103,7 +107,7 @@ def snip(lm: LM, of: Examples, *, at_once: int = 1, batch_tokens: int = 2048) ->
     L is an example's mean loss over counted tokens. Single examples' gradients come from one backward pass for a batch.
     More layers ``at_once`` take more memory (4 bytes a weight) and fewer passes.
     """
-    begin = partial(_hidden, lambda x: x.detach().requires_grad_())
+    begin = partial(fed, lambda x: x.detach().requires_grad_())
     for group in torch.arange(lm.anatomy.n_layers).split(at_once):
         of_layer = [linears(lm, layer) for layer in group.tolist()]
         scores: dict[str, Tensor] = {}

