@@ -144,18 +144,22 @@ versus = {"by": compare_by, "groups": groups}
 few = names.groupby(compare_by).head(4)
 
 
+def answered_in(measure: numbers.Numbers) -> dict:
+    if words:
+        p = numbers.probabilities(net, measure.asking, measure.prompts, numbers.words(net, measure.asking))
+        return {"answers": len(p), "unparsable": 1 - p.sum(1).mean(), "example": measure.prompts[0][-60:]}
+    answers = numbers.answers(net, measure.asking, measure.prompts).merge(
+        measure.items.iloc[::2], on="prompt"
+    )
+    row = {"answers": len(answers), "unparsable": answers["value"].isna().mean()}
+    row |= {"median": answers["value"].median(), "example": answers["text"].iloc[0].strip()}
+    return {**row, "distinct": answers.groupby("question")["value"].nunique().mean()}
+
+
 def way(with_chat: bool, with_prefix: bool) -> dict:
     asking = numbers.Asking(seeds=often.seeds, chat=with_chat, prefix=with_prefix, **settings)
     measure = numbers.numbers(net, contexts, few, asking=asking, **versus)
-    row = {"chat": with_chat, "prefix": with_prefix, "answers": len(measure.prompts)}
-    if words:
-        p = numbers.probabilities(net, asking, measure.prompts, numbers.words(net, asking)).sum(1)
-        return {**row, "unparsable": 1 - p.mean(), "example": measure.prompts[0]}
-    answers = numbers.answers(net, asking, measure.prompts).merge(measure.items.iloc[::2], on="prompt")
-    row |= {"answers": len(answers), "unparsable": answers["value"].isna().mean()}
-    row |= {"median": answers["value"].median()}
-    row["distinct"] = answers.groupby("question")["value"].nunique().mean()
-    return {**row, "example": answers["text"].iloc[0].strip()}
+    return {"chat": with_chat, "prefix": with_prefix, **answered_in(measure)}
 
 
 ways = product([True, False] if asked else [False], [True, False])
@@ -439,17 +443,21 @@ def held_out(picked: dict) -> np.ndarray:
     return np.concatenate([rows_of(after, chosen.loc[(f, s), "method"], by=s) for s, f in picked.items()])
 
 
+def more_than(kind: str, family: str, held: np.ndarray) -> dict:
+    of = f"{family.split(', uniform')[0]}; {kind}"
+    if not (named := [m for m in everything["method"].unique() if m.startswith(of)]):
+        return {}
+    row = after.more(held, [rows_of(after, m) for m in named]).row(f"against_{kind}")
+    return {**row, f"{kind}_ppl_ratio": np.mean([damage_of(after, m) for m in named])}
+
+
 def whole_row(family: str) -> dict:
-    picked, made = {s: family for s in "AB"}, chosen.loc[family]
-    held, row = held_out(picked), {"family": family, "share": " / ".join(dict.fromkeys(made["share"]))}
-    row |= {"parts": made["parts"].mean(), "ppl_ratio": made["ppl_ratio"].mean(), "fair": made["fair"].all()}
-    row |= {"removed_own": made["removed_own"].mean()} | after.removed(held).row("removed")
-    row |= after.share(held).row("share_removed")
-    names = [m for m in everything["method"].unique() if m.startswith(f"{family.split(', uniform')[0]}; ")]
-    for kind in ("random", "swapped", "shuffled"):
-        if named := [m for m in names if m.partition("; ")[2].startswith(kind)]:
-            row |= after.more(held, [rows_of(after, m) for m in named]).row(f"against_{kind}")
-            row[f"{kind}_ppl_ratio"] = np.mean([damage_of(after, m) for m in named])
+    held, made = held_out({s: family for s in "AB"}), chosen.loc[family]
+    row = {"family": family, "share": " / ".join(dict.fromkeys(made["share"])), "fair": made["fair"].all()}
+    row |= {"parts": made["parts"].mean(), "ppl_ratio": made["ppl_ratio"].mean()}
+    row |= after.removed(held).row("removed") | after.share(held).row("share_removed")
+    for kind in kinds:
+        row |= more_than(kind, family, held)
     return row
 
 
@@ -537,14 +545,12 @@ def named(picked: dict) -> str:
 def removes(picked: dict) -> dict:
     if not picked:
         return effect(nothing, none, there)
-    rows = held_out(picked)
+    rows, good = held_out(picked), set(picked.values()) <= set(works["family"])
     row = effect(after.removed(rows), f"{named(picked)}, best among the selecting names:")
-    share, good = after.share(rows), set(picked.values()) <= set(works["family"])
-    refuted = share.interval()[1] < removed_share
-    ppl = np.mean([chosen.loc[(f, s), "ppl_ratio"] for s, f in picked.items()])
-    why = f"{row['why']}, {share.point:.0%} of the gap; these do more than random: "
-    why += f"{'; '.join(works['family']) or 'none'}; perplexity × {ppl:.2f}"
-    return {**row, "verdict": verdict(reproduced=good, refuted=refuted, biased=there), "why": why}
+    share, ppl = after.share(rows), np.mean([chosen.loc[(f, s), "ppl_ratio"] for s, f in picked.items()])
+    said = verdict(reproduced=good, refuted=share.interval()[1] < removed_share, biased=there)
+    why = f"{row['why']}, {share.point:.0%} of the gap; perplexity × {ppl:.2f}; more than random: "
+    return {**row, "verdict": said, "why": why + ("; ".join(works["family"]) or "none")}
 
 
 def finer(kind: str) -> dict:

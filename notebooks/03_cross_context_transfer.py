@@ -309,17 +309,15 @@ def fading_of(name: str) -> dict:
     return {"method": name, **row, **(same - another).row("lost"), **(own - another).row("lost_between")}
 
 
+WHY = "of the gap removed where it was made {same:.0%} ({same_low:.0%} – {same_high:.0%}), {more:.0%} more "
+WHY += "than random, elsewhere {another:.0%}, lost on the way {lost:.0%} ({lost_low:.0%} – {lost_high:.0%})"
+
+
 def said(row: pd.Series) -> dict:
     works = bool((row[["same_low", "more_low"]] > 0).all())
     rule = {"reproduced": row["lost_low"] > faded, "refuted": row["lost_high"] < faded}
     rule = {name: works and bool(is_so) for name, is_so in rule.items()}
-    why = (
-        "of the gap removed where it was made {same:.0%} ({same_low:.0%} – {same_high:.0%}), {more:.0%} more "
-    )
-    why += (
-        "than random, elsewhere {another:.0%}, lost on the way {lost:.0%} ({lost_low:.0%} – {lost_high:.0%})"
-    )
-    why = why.format(**row) + ("" if works else "; no fix to transfer")
+    why = WHY.format(**row) + ("" if works else "; no fix to transfer")
     return {"case": row["method"], "verdict": verdict(**rule, biased=True), "why": why}
 
 
@@ -386,7 +384,7 @@ shown_tables = {
 }
 shown_figures = {
     "levels": "Share of the gap removed by level of generality, per method, beside the controls",
-    "transfer_matrix": "Transfer matrix: share of the gap removed, selected for one context, judged in another",
+    "transfer_matrix": "Transfer matrix: share of the gap removed, by context of selection and of judging",
 }
 about = f"{len(gaps)} contexts" + (f", {groups[0]} − {groups[1]}" if about_names else "")
 run.finish(sentence, verdicts=verdicts, about=about, tables=shown_tables, figures=shown_figures)
