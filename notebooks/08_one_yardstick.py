@@ -27,8 +27,9 @@
 # that share: at 0 the occupation doesn't decide; at 1 a nurse is *she* as often as nurses are women.
 #
 # **Design.** A way may use the sentences of one context, *speech*, about one half of 58 occupations. It is
-# judged by other sentences about the other half, in *speech* and in three other contexts. In *names*, a
-# first name tells the gender: there a pronoun that follows the name is right, and that slope should stay.
+# judged by other sentences about the other half, in *speech* and in three other contexts, and by other
+# measures (`yard_measures`). In *names*, a first name tells the gender: there a pronoun that follows the name
+# is right, and that slope should stay, as should StereoSet's *meaning* and the perplexity of prose.
 #
 # **Cost.** With the defaults (a tiny model) about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`:
 # about 13 minutes on one core with AMX (several times as long without), 5 GB. Fine-tuning takes 16 bytes
@@ -42,7 +43,15 @@ model: str = "tiny-llama"  # packaged or small model, local folder, or hub id
 revision: str = ""  # of a hub id
 dtype: str = "float32"  # float32, bfloat16, float16, or fast: bfloat16 if the device has it
 device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-ways: dict = {"fasp": [0.1], "neurons": [0.05], "neuron slopes": [0.02]}  # shares to try
+ways: dict = {  # shares to try
+    "fasp": [0.1],
+    "neurons": [0.05],
+    "neuron slopes": [0.02],
+    "weights": [0.05],
+    "direction": [1],
+}
+yard_measures: list = []  # further measures to judge by: "stereoset: race", …; "meaning: all" should stay
+yard_items: int = 200  # items of each of these; 0 takes all
 protect_heads: float = 0.3  # share of heads that stays for its effect on prose (FASP's γ)
 protect_neurons: float = 0.01  # share of neurons that stays for its effect on prose
 tune_epochs: int = 3  # fine-tuning, on all texts
@@ -74,9 +83,10 @@ from biasprune.core.masks import Pruning
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import Estimate, mean, redrawn_mean, verdict
+from biasprune.measures import named as by_name
 from biasprune.measures.choices import CONTEXTS, pronouns
 from biasprune.measures.prose import corpus, prose
-from biasprune.methods import judge, parts, tuning
+from biasprune.methods import judge, names, parts, tuning
 from biasprune.papers import claims
 
 transformers.utils.logging.set_verbosity_error()
@@ -91,6 +101,8 @@ run = start("08_one_yardstick", globals())
 net = load(model, revision=revision or None, dtype=dtype, device=device)
 text = {split: corpus(corpus_name, split) for split in ("valid", "test")}
 measures = {"selection": pronouns("speech", "select"), **{c: pronouns(c, "judge") for c in CONTEXTS}}
+measures |= {x: by_name.measure(x, "test", yard_items) for x in yard_measures}
+COLUMNS, STAY = [*CONTEXTS, *yard_measures], ["names", *(x for x in yard_measures if x.startswith("meaning"))]
 sentences = pd.concat([m.items.assign(measure=name) for name, m in measures.items()], ignore_index=True)
 for split, tokens in {"valid": score_tokens, "test": test_tokens}.items():
     measures[f"prose, {split}"] = prose(net, text[split], length=window, max_tokens=tokens)
@@ -100,16 +112,19 @@ run.inputs(lm=net, sentences=sentences, **text)
 # ## 1 Sentences
 
 # %%
-columns = {"sentences": ("item", "size"), "occupations": ("cluster", "nunique"), "example": ("text", "first")}
-sentences.groupby("measure", sort=False).agg(**columns, woman=("a", "first"), man=("b", "first"))
+columns = {"items": ("item", "size"), "clusters": ("cluster", "nunique"), "example": ("item", "first")}
+sentences.groupby("measure", sort=False).agg(**columns)
 
 # %% [markdown]
-# ## 2 Three ways, and how much of each
+# ## 2 The ways, and how much of each
 # - **heads by FASP**: the heads that add most to the bias to first order, of those that matter less for
 #   prose.
 # - **neurons by set difference**, as published: what matters for the expected pronoun, and neither for the
 #   other pronoun nor for prose.
 # - **neurons by slope**: as FASP, for neurons.
+# - **weights**: single weights by set difference of Wanda scores, from every output row.
+# - **an erased direction**: no part is removed; in every layer the hidden states lose the direction in which
+#   sentences about women's and about men's occupations differ.
 # - **fine-tuning data**: a copy of the model learns the same sentences, each once with *she* and once with
 #   *he*.
 #
@@ -117,19 +132,24 @@ sentences.groupby("measure", sort=False).agg(**columns, woman=("a", "first"), ma
 # sentences that select, among those that keep the perplexity of other prose within the limit.
 
 # %%
-UNCHANGED, DATA = "unchanged", "fine-tuning data"
+UNCHANGED, DATA, DIRECTION = "unchanged", "fine-tuning data", "an erased direction"
 utility = weights.prose(measures["prose, valid"].cut)
 harm = {kind: weights.part_snip(net, utility, kind) for kind in ("heads", "units")}
 stay = {"group": 1.0, "protect": protect_neurons, "prose": utility}
 MAKE = {
     "fasp": ("heads by FASP", lambda a: parts.fasp(protect_heads, a, harm["heads"])),
     "neurons": ("neurons by set difference", lambda a: parts.by_difference("units", a, **stay)),
+    "weights": (
+        "weights by set difference",
+        lambda a: parts.by_difference("weights", a, score="wanda", **stay),
+    ),
     "neuron slopes": (
         "neurons by slope",
         lambda a: parts.by_slope("units", a, protect=protect_neurons, harm=harm["units"]),
     ),
 }
-methods = {(MAKE[way][0], dose): cache(MAKE[way][1](dose)) for way, doses in ways.items() for dose in doses}
+tried = [(way, dose) for way, doses in ways.items() for dose in doses if way != "direction"]
+methods = {(MAKE[way][0], dose): cache(MAKE[way][1](dose)) for way, dose in tried}
 pairs = [("selection", name) for name in measures]
 
 
@@ -148,15 +168,24 @@ def read_tuned(name: str, rate: float, seed: int, chance=None) -> pd.DataFrame:
     return frame.assign(selected_by="selection", pruning=name)  # so that it isn't the unpruned model
 
 
+def read_erased(name: str, seed: int | None = None) -> pd.DataFrame:
+    found = names.directions(net, measures["selection"])
+    with names.erased(net, found if seed is None else names.random_like(found, seed)) as changed:
+        frame = judge.read(changed, [Pruning()], measures, method=name)
+    return frame.assign(selected_by="selection", pruning=name)
+
+
 pruned = judged({named(*key): method for key, method in methods.items()}, "pruned")
 first = {named(DATA, rate, tune_seeds[0]): rate for rate in tune_rates}
 jobs = {name: partial(read_tuned, name, rate, tune_seeds[0]) for name, rate in first.items()}
+erased = {named(DIRECTION, dose): (DIRECTION, dose) for dose in ways.get("direction", [])}
+jobs |= {name: partial(read_erased, name) for name in erased}
 tried = pd.concat([pruned, run.pieces("tuned", jobs)], ignore_index=True)
 
 # %%
 bias = judge.judged(tried, measures, n_boot=2).table.pivot(index="method", columns="judged_by", values="bias")
 doses = {"": (UNCHANGED, 0.0), **{named(*key): key for key in methods}}
-doses |= {name: (DATA, rate) for name, rate in first.items()}
+doses |= {name: (DATA, rate) for name, rate in first.items()} | erased
 sweep = pd.DataFrame(doses.values(), columns=["method", "dose"], index=list(doses))
 sweep["bias"] = bias["selection"]
 sweep["ppl_ratio"] = bias["prose, valid"] / bias.loc["", "prose, valid"]
@@ -171,16 +200,19 @@ Markdown(f"Taken: {'; '.join(f'{name}, {dose:g}' for name, dose in taken.items()
 
 # %% [markdown]
 # ## 3 Bias left
-# Beside each way stands its control: as many heads or neurons of the same layers at random, or as many
-# texts whose pronouns are drawn with the model's own odds. Intervals (95 %) are over occupations and over
-# seeds.
+# Beside each way stands its control: as many heads, neurons or weights of the same layers at random, random
+# directions, or as many texts whose pronouns are drawn with the model's own odds. Intervals (95 %) are over
+# occupations (or other clusters) and over seeds.
 
 # %%
-labels, controls, random = {UNCHANGED: [""]}, {}, {}  # way → its methods, way → its control
+labels, controls, random, jobs = {UNCHANGED: [""]}, {}, {}, {}  # way → its methods, way → its control
 for name, dose in taken.items():
     controls[name] = control = f"control of {name}"
     if name == DATA:
         labels |= {way: [named(way, dose, k) for k in tune_seeds] for way in (name, control)}
+    elif name == DIRECTION:
+        jobs |= {named(control, k): partial(read_erased, named(control, k), k) for k in range(yard_draws)}
+        labels |= {name: [named(name, dose)], control: list(jobs)}
     else:
         draws = {named(control, dose, k): parts.matched(methods[name, dose], k) for k in range(yard_draws)}
         labels |= {name: [named(name, dose)], control: list(draws)}
@@ -189,8 +221,8 @@ frames = [tried, judged(random, "random").query("method != ''")] if random else 
 if rate := taken.get(DATA):
     odds = pruned[(pruned["method"] == "") & (pruned["judged_by"] == "selection")]["value"].to_numpy()
     todo = [(DATA, k, None) for k in tune_seeds[1:]] + [(controls[DATA], k, expit(odds)) for k in tune_seeds]
-    jobs = {named(w, rate, k): partial(read_tuned, named(w, rate, k), rate, k, c) for w, k, c in todo}
-    frames.append(run.pieces("tuned_again", jobs))
+    jobs |= {named(w, rate, k): partial(read_tuned, named(w, rate, k), rate, k, c) for w, k, c in todo}
+frames += [run.pieces("tuned_again", jobs)] if jobs else []
 frame = pd.concat(frames, ignore_index=True)
 after = judge.judged(frame, measures, n_boot=n_boot)
 
@@ -215,11 +247,12 @@ def cost(way: str) -> dict:
     return {**where, **ratios["test"].row("ppl_ratio", basic=False), "ppl_valid_ratio": ratios["valid"].point}
 
 
-left = run.frame("left", lambda: pd.DataFrame([row(way, c) for way in labels for c in CONTEXTS]))
+left = run.frame("left", lambda: pd.DataFrame([row(way, c) for way in labels for c in COLUMNS]))
 costs = run.frame("costs", lambda: pd.DataFrame([cost(way) for way in labels]))
 drawn = left.assign(kind=left["control"].map({False: "way", True: "its control"}))
 look = {"label": "way", "low": "bias_low", "high": "bias_high", "hue": "kind", "hollow": "control"}
-judging, knows = drawn[drawn["context"] != "names"], drawn[drawn["context"] == "names"]
+of_pronouns = drawn["context"].isin(CONTEXTS)
+judging, knows = drawn[of_pronouns & (drawn["context"] != "names")], drawn[drawn["context"] == "names"]
 x = "bias: slope of the pronouns' log-odds on the share of women"
 run.figure(figures.intervals(judging, "bias", panel="context", xlabel=x, **look), "ways")
 
@@ -240,8 +273,8 @@ costs.style.hide(axis="index").format(precision=3)
 
 # %%
 NONE = Estimate(np.nan, np.full(n_boot, np.nan))
-biased = [c for c in CONTEXTS if bias_left(UNCHANGED, c).interval(basic=False)[0] > 0]
-others = [c for c in biased if c not in ("speech", "names")]
+biased = [c for c in COLUMNS if bias_left(UNCHANGED, c).interval(basic=False)[0] > 0]
+others = [c for c in biased if c in CONTEXTS and c not in ("speech", "names")]
 damaged = costs.loc[~costs["control"] & (costs["ppl_valid_ratio"] > most_damage), "way"].tolist()
 known = claims.known().set_index("id")
 
@@ -298,6 +331,29 @@ verdicts = [*first, *(fades(way) for way in controls), *(data_does_more(way) for
 verdicts = pd.DataFrame(verdicts)
 verdicts.drop(columns=["claim", "what"]).style.hide(axis="index").format(precision=2, na_rep="–")
 
+# %% [markdown]
+# ## 5 The yardstick
+# Share of every measure's bias that is removed; bold where it is, beyond the control, with its whole
+# interval. To the right what should stay, so that numbers near 0 are good there.
+
+
+# %%
+def cell(way: str, name: str) -> dict:
+    gain, beyond = share(way, name), share(way, name) - share(controls[way], name)
+    where = {"way": way, "measure": name, "stays": name in STAY, **gain.row("removed", basic=False)}
+    where |= beyond.row("beyond", basic=False)
+    text = f"{gain.point:.0%}" if name in biased else ""
+    return {**where, "text": text, "clear": min(where["removed_low"], where["beyond_low"]) > 0}
+
+
+shown = [c for c in COLUMNS if c in biased and c not in STAY] + [c for c in STAY if c in biased]
+yardstick = run.frame("yardstick", lambda: pd.DataFrame([cell(way, c) for way in controls for c in shown]))
+if len(yardstick):
+    named_columns = {c: f"{c} (stays)" if c in STAY else c for c in shown}
+    drawn = yardstick.assign(measure=yardstick["measure"].map(named_columns))
+    look = {"text": "text", "bold": "clear", "label": "share of the bias removed", "limit": 1}
+    run.figure(figures.heat_map(drawn, "way", "measure", "removed", **look), "yardstick")
+
 # %%
 columns = {"where selected": share, "elsewhere": elsewhere, "of what names tell": lambda w: share(w, "names")}
 summary = pd.DataFrame({c: {w: percent(f(w)) for w in controls} for c, f in columns.items()})
@@ -318,9 +374,11 @@ captions = {
         "verdicts": "Claims, one row per way (95 % over occupations and seeds)",
         "left": "Bias (slope), and how much less than unchanged (95 % over occupations and seeds)",
         "costs": "Perplexity of prose, × unchanged (95 % over windows of prose and seeds)",
+        "yardstick": "Share removed of every measure's bias, and how much beyond the control (95 %)",
         "sweep": "Doses tried (share of the parts; learning rate) on the sentences that select",
     },
     "figures": {
+        "yardstick": "Share removed of every measure's bias, and of what should stay (bold: beyond control)",
         "ways": "Bias that every way leaves in every context; hollow: controls",
         "names": "The slope after first names, which should stay; hollow: controls",
     },

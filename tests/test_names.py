@@ -10,6 +10,7 @@ import torch
 from biasprune.core import model
 from biasprune.core.masks import Pruning, masked
 from biasprune.measures import numbers as nb
+from biasprune.measures.choices import pronouns
 from biasprune.methods import names
 
 GROUPS = ("Ostrin", "Velani")
@@ -89,3 +90,15 @@ def test_erasing_by_its_formula(audit):
     assert float(v.norm()) == pytest.approx(1, abs=1e-5) and projected.abs().max() < 1e-4
     table = pd.DataFrame(select.own_answers(lm))
     assert set(table["group"]) == set(GROUPS)
+
+
+@torch.no_grad()
+def test_the_direction_of_choices_is_between_stereotypes():
+    lm, measure = model.load("tiny-llama", device="cpu"), pronouns("speech", "select")
+    found = names.directions(lm, measure)
+    ids, side = model.encode(lm, measure.items["text"].tolist()), measure.items["stereotype"].to_numpy()
+    last = [[h[0, -1] for h in lm.model.model(torch.tensor([i]), output_hidden_states=True).hidden_states] for i in ids]
+    for layer, (v, middle) in enumerate(found):
+        a, b = (torch.stack([x[layer] for x, s in zip(last, side, strict=True) if s == g]).mean(0) for g in "ab")
+        assert abs(float((a - b) / (a - b).norm() @ v)) == pytest.approx(1, abs=1e-3)
+        assert torch.allclose(middle, (a + b) / 2, atol=1e-4)

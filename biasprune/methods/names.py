@@ -16,6 +16,7 @@ from torch import Tensor
 from biasprune.core.masks import Pruning, masked
 from biasprune.core.model import LM, encode, equal_lengths
 from biasprune.core.weights import fed
+from biasprune.measures.choices import Choices
 from biasprune.measures.numbers import Numbers
 from biasprune.methods.parts import Method
 
@@ -74,17 +75,24 @@ def by_attention(share: float) -> Method:
 
 
 @torch.inference_mode()
-def directions(lm: LM, measure: Numbers) -> Directions:
-    """Per layer, the direction in which the groups' mean hidden states differ from the name's last token on."""
-    ids, places, group = _asked(lm, measure)
-    sums = {g: 0.0 for g in measure.groups}
+def directions(lm: LM, measure: Numbers | Choices) -> Directions:
+    """Per layer, the direction in which two groups' mean hidden states differ.
+
+    After names from the name's last token on; of choices, those with either stereotype, at the last token.
+    """
+    if isinstance(measure, Numbers):
+        ids, places, group = _asked(lm, measure)
+        begins = places[:, 1] - 1
+    else:
+        ids, group = encode(lm, measure.items["text"].tolist()), measure.items["stereotype"].to_numpy()
+        begins = [len(i) - 1 for i in ids]
+    sums = {g: 0.0 for g in dict.fromkeys(group)}
     for rows, batch in equal_lengths(ids, 2048):
         hidden = lm.model.base_model(batch.to(lm.device), output_hidden_states=True, use_cache=False).hidden_states
         for k, row in enumerate(rows.tolist()):
-            end = places[row][1] - 1
-            each = torch.stack([h[k, end:].double().mean(0).cpu() for h in hidden[: lm.anatomy.n_layers]])
-            sums[group[row]] = sums[group[row]] + each
-    a, b = (sums[g] / (group == g).sum() for g in measure.groups)
+            each = [h[k, begins[row] :].double().mean(0).cpu() for h in hidden[: lm.anatomy.n_layers]]
+            sums[group[row]] = sums[group[row]] + torch.stack(each)
+    a, b = (total / (group == g).sum() for g, total in sums.items())
     unit = torch.nn.functional.normalize(a - b, dim=-1)
     return list(zip(unit.float(), ((a + b) / 2).float(), strict=True))
 
