@@ -98,7 +98,8 @@ def test_the_direction_of_choices_is_between_stereotypes():
     found = names.directions(lm, measure)
     ids, side = model.encode(lm, measure.items["text"].tolist()), measure.items["stereotype"].to_numpy()
     last = [[h[0, -1] for h in lm.model.model(torch.tensor([i]), output_hidden_states=True).hidden_states] for i in ids]
-    for layer, (v, middle) in enumerate(found):
+    assert not found[0][0].any(), "all sentences end with the same word"
+    for layer, (v, middle) in list(enumerate(found))[1:]:
         a, b = (torch.stack([x[layer] for x, s in zip(last, side, strict=True) if s == g]).mean(0) for g in "ab")
         assert abs(float((a - b) / (a - b).norm() @ v)) == pytest.approx(1, abs=1e-3)
         assert torch.allclose(middle, (a + b) / 2, atol=1e-4)
