@@ -199,9 +199,10 @@ def _normaliser(lm: LM, hidden: Tensor, temperature: float) -> Tensor:
 
     In float32: half precision rounds logits to steps of up to 1/8, which would move a probability by a tenth.
     """
-    size = lm.model.get_output_embeddings().weight.shape[0]
-    vocabulary = None if hidden.dtype == torch.float32 else torch.arange(size)
-    return (unembed(lm, hidden, vocabulary) / temperature).logsumexp(-1)
+    if hidden.dtype == torch.float32:
+        return (unembed(lm, hidden) / temperature).logsumexp(-1)
+    some = torch.arange(lm.model.get_output_embeddings().weight.shape[0]).split(4096)  # new memory for all costs most
+    return torch.stack([(unembed(lm, hidden, tokens) / temperature).logsumexp(-1) for tokens in some]).logsumexp(0)
 
 
 def _probs(lm: LM, ids: Tensor, answers: Sequence[tuple[int, ...]], asking: Asking) -> Tensor:
@@ -331,7 +332,7 @@ class Numbers(Measure):
         with given words their mean).
         """
         check_unembedding(lm)
-        frames, questions = [], self.split("question").values()
+        frames, questions = [], [self] if self.asking.words else self.split("question").values()
         for pruning in bar(prunings, desc=progress):
             each, said = [], []
             for prompts in (one.prompts for one in questions):
