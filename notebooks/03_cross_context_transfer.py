@@ -264,10 +264,11 @@ pair = ["method", "selected_for", "judged_in"]
 matrix = run.frame("matrix", lambda: summed(crossed, ["label", *pair]))
 random = matrix[matrix["label"].str.startswith("random")].groupby(pair)["share"].mean()
 cells = matrix[matrix["label"] == "own"].join(random.rename("random"), on=pair)
-cells["text"] = [f"{r.share:.2f}\n({r.random:.2f})" for r in cells.itertuples()]
+cells["text"] = [f"{r.share:.0%}\n({r.random:.0%})".replace("-0%", "0%") for r in cells.itertuples()]
 cells["clear"] = cells["share_low"] > 0
 style = {"text": "text", "bold": "clear", "panel": "method", "label": "share of the gap removed"}
-figure = figures.heat_map(cells, "selected_for", "judged_in", "share", limit=1, **style)
+drawn = cells.rename(columns={"selected_for": "selected for", "judged_in": "judged in"})
+figure = figures.heat_map(drawn, "selected for", "judged in", "share", limit=1, **style)
 run.figure(figure, "transfer_matrix")
 
 # %% [markdown]
