@@ -10,6 +10,7 @@ import builtins
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -46,15 +47,29 @@ def parameters_of(notebook: Path) -> dict[str, tuple[str, Any]]:
 def check_parameters(values: Mapping[str, Any], declared: Mapping[str, tuple[str, Any]], where: str) -> dict[str, Any]:
     """The values, if every name is declared and every value has its type. An int will do for a float.
 
-    The items of a list must have the type that the default's items have, if that is one type. Otherwise a ValueError
-    names the nearest parameter, or the type.
+    The items of a list must have the type that the default's items have, if that is one type; counts aren't negative,
+    and what is called alpha, gamma or share lies in 0 … 1. Otherwise a ValueError names the nearest parameter, the type
+    or the range.
     """
     if unknown := [name for name in values if name not in declared]:
         nearest = {name: difflib.get_close_matches(name, declared, n=1) for name in unknown}
         said = ", ".join(f"{name} (did you mean {near[0]}?)" if near else name for name, near in nearest.items())
         known = "" if all(nearest.values()) else f" Known: {', '.join(sorted(declared))}."
         raise ValueError(f"{where}: there is no parameter {said}.{known}")
-    return {name: _typed(value, *declared[name], f"{where}: {name}") for name, value in values.items()}
+    typed = {name: _typed(value, *declared[name], f"{where}: {name}") for name, value in values.items()}
+    for name, value in typed.items():
+        if type(value) is int and value < 0:
+            raise ValueError(f"{where}: {name} = {value} is negative.")
+        if re.search("alpha|gamma|share", name) and (bad := [x for x in _numbers(value) if not 0 <= x <= 1]):
+            raise ValueError(f"{where}: {name} takes shares between 0 and 1, not {bad[0]}.")
+    return typed
+
+
+def _numbers(value: Any) -> list[float]:
+    """All numbers inside lists and dicts."""
+    if isinstance(value, list | dict):
+        return [x for item in (value.values() if isinstance(value, dict) else value) for x in _numbers(item)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def _typed(value: Any, kind: str, default: Any, where: str) -> Any:
