@@ -22,7 +22,7 @@ from biasprune.core.model import LM, unit_projections, weight_of
 from biasprune.core.perplexity import Windows, mean_nll
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
     """Texts that a score is computed on."""
 

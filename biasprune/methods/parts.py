@@ -58,6 +58,13 @@ def by_slope(parts: str, share: float, *, protect: float, harm: np.ndarray) -> M
     return method
 
 
+@lru_cache(maxsize=32)  # every share and control asks for the prose again
+def _score(lm: LM, of: weights.Examples, parts: str, score: str) -> np.ndarray:
+    if score == "wanda":
+        return weights.part_wanda(lm, weights.input_norms(lm, of), parts)
+    return weights.part_snip(lm, of, parts)
+
+
 def by_difference(
     parts: str, share: float, *, group: float, protect: float, prose: weights.Examples, score: str = "snip"
 ) -> Method:
@@ -77,11 +84,7 @@ def by_difference(
         q = (max(least, group * share), protect)
         if parts == "weights":
             return weights.weight_difference(lm, sets, [(share, q)], score=score, per_row=score == "wanda")[0]
-        if score == "wanda":
-            scores = [weights.part_wanda(lm, weights.input_norms(lm, x), parts) for x in sets]
-        else:
-            scores = [weights.part_snip(lm, x, parts) for x in sets]
-        first, *others = map(torch.from_numpy, scores)
+        first, *others = (torch.from_numpy(_score(lm, x, parts, score)) for x in sets)
         return of_parts(parts, weights.set_difference(first, others, share, q, per_row=parts == "units"))
 
     return method
