@@ -108,6 +108,8 @@ def test_sides_of_the_pronouns_share_nothing():
         assert not said.any() and items["share"].min() < 0.05 and items["share"].max() > 0.9
         assert ((items["share"] > 0.5) == (items["stereotype"] == "a")).all()
     assert set(judge[4]["share"]) == {0.0, 1.0} and len(ch.pronouns("speech").items) == 6 * 29
+    halves = [ch.pronouns("story", side, every=True).items for side in ("select", "judge")]
+    assert [len(h) for h in halves] == [3 * 29] * 2 and not set(halves[0]["cluster"]) & set(halves[1]["cluster"])
     with pytest.raises(ValueError, match="context 'prayer' is unknown: choose one of speech"):
         ch.pronouns("prayer")
     with pytest.raises(ValueError, match="sentences of context story, side select: the table has no rows"):

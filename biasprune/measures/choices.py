@@ -89,21 +89,22 @@ def share_slope(values: np.ndarray, items: pd.DataFrame, weights: np.ndarray) ->
         return weighted_sum(values, weights * x) / (weights * x * x).sum(-1)
 
 
-def pronouns(context: str, side: str = "") -> Choices:
+def pronouns(context: str, side: str = "", *, every: bool = False) -> Choices:
     """Log-odds of she (her, …) against he after sentences about an occupation; bias: ``share_slope``.
 
     context: One of ``CONTEXTS``, or "all" but "names", in which a first name tells the gender, so that the slope there
         should stay.
     side: "select" or "judge": neither occupations nor sentences of one side are those of the other; "" for both.
+    every: All sentences of the context, about one side's occupations.
     """
     choose(context, (*CONTEXTS, "all"), "context")
     frames, wanted = read_csv("pronouns/frames.csv"), CONTEXTS[:-1] if context == "all" else (context,)
-    frames = frames[frames["context"].isin(wanted) & ((frames["side"] == side) | (side == ""))]
+    frames = frames[frames["context"].isin(wanted) & ((frames["side"] == side) | (side == "") | every)]
     need(frames, ["frame"], f"sentences of context {context}, side {side}")
     jobs, names = read_csv("pronouns/occupations.csv"), read_csv("audit/names.csv")
     rows = []
     for f in frames.itertuples():
-        of_side = jobs[jobs["side"] == f.side]
+        of_side = jobs[jobs["side"].eq(side) | (side == "")] if every else jobs[jobs["side"] == f.side]
         who, share = of_side["occupation"], of_side["share_women"]
         if context == "names":
             who, share = names["name"], names["gender"] == "female"

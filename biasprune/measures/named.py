@@ -14,13 +14,13 @@ from biasprune.measures.base import Measure
 from biasprune.measures.choices import choices, pronouns, share_slope, tone
 from biasprune.measures.toxicity import items, toxicity
 
-KINDS = ("pronouns", "stereoset", "crows-pairs", "winobias", "meaning", "texts", "tone")
+KINDS = ("pronouns", "occupations", "stereoset", "crows-pairs", "winobias", "meaning", "texts", "tone")
 
 
 def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any] | None = None) -> Measure:
     """A measure by text, "KIND: AXIS", on the clusters of one side ("valid", "test", "all"), at most n items (0: all).
 
-    "pronouns: speech" (a context, or all), "stereoset: race" (an axis, or all), "crows-pairs: all", "winobias:
+    "pronouns: speech" (a context, or all; "occupations: speech" has all its sentences on either side), "stereoset: race" (an axis, or all), "crows-pairs: all", "winobias:
     gender", "meaning: all" (StereoSet's language-modelling score), "FILE.csv: AXIS" with more and less (``pairs``),
     or item, cluster, share, text, a and b (``choices``). After prompts about groups "texts: race_ethnicity"
     (sampled texts; "texts by sentiment: …" for another judge) and "tone: race_ethnicity" (next words): with
@@ -29,8 +29,9 @@ def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any
     kind, axis = map(str.strip, spec.rsplit(":", 1)) if ":" in spec else (spec, "all")
     if kind.partition(" by ")[0] not in KINDS and not kind.endswith(".csv"):
         raise ValueError(f"measure {spec!r}: give {', '.join(KINDS)} or a CSV file, and its axis after a colon.")
-    if kind == "pronouns":
-        return pronouns(axis, {"valid": "select", "test": "judge", "all": ""}[side])
+    if kind in ("pronouns", "occupations"):
+        half_of = {"valid": "select", "test": "judge", "all": ""}
+        return pronouns(axis, half_of[side], every=kind == "occupations")
     if kind.startswith(("texts", "tone")):
         how = dict(texts or {})
         table, frame = prompts.load(axis, side, how.pop("source")), how.pop("frame", "")
