@@ -23,13 +23,16 @@
 # label occur together matter. D3b (Steed et al., the opposite): such changes do nothing once the model is
 # pre-trained. D4: pre-training matters all the same.
 #
-# **Method.** A classifier of occupations or of toxic comments (`task`) is fine-tuned after an intervention on
-# the model or on the data; those of `crossed` are combined with the data's. Bias of occupations: gaps between
+# **Method.** A classifier of occupations or of toxic comments (`task`) is trained after an intervention on
+# the model or on the data; those of `crossed` are combined with the data's. There are two arms (`class_arm`):
+# "whole" fine-tunes all weights, as the papers do; "frozen" leaves the encoder as it is and fits a logistic
+# head, which takes milliseconds and so affords many seeds. Bias of occupations: gaps between
 # the true positive rates of women and men. Bias of comments: how much false alarms and misses differ between
 # the groups that comments are about. Every effect is paired by seed with the plain pre-trained model.
 #
-# **Cost.** With the defaults (a tiny model, generated biographies) about a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 9 minutes on one core with AMX (several times as long without), 2 GB.
+# **Cost.** With the defaults (a tiny model, generated biographies) half a minute on one CPU core, 1 GB.
+# `params/minilm-frozen.yaml` (50 seeds): about 17 minutes on one core. `params/smollm2.yaml` (fine-tuning):
+# about 9 minutes on one core with AMX (several times as long without), 2 GB.
 #
 # > **Content warning.** First names and pronouns stand for women and men only, as in the studies they come
 # > from. Comments, which people wrote, and half of the phrases, which are ours, insult or stereotype groups
@@ -37,6 +40,7 @@
 
 # %% tags=["parameters"]
 classifier: str = "tiny-bert"  # minilm (packaged encoder), a packaged decoder, small model, folder, or hub id
+class_arm: str = "frozen"  # a logistic head on the encoder as it is; "whole": all weights are fine-tuned
 task: str = "biographies"  # biographies, bold, reddit, or a folder, CSV file or hub id of texts
 class_train: int = 600  # training texts, at most, equally many per label
 class_dev: int = 150  # texts that choose the epoch, at most
@@ -44,18 +48,20 @@ class_test: int = 900  # test texts, at most (biographies, bold: in pairs, as a 
 bios_specific: float = 0.3  # how often generated biographies name what only this occupation does
 bold_words: int = 0  # sentences of bold are cut after so many words; 0 leaves them whole
 least_texts: int = 10  # occupations (groups) with fewer test texts of a gender (label) are left out
-upstreams: list = ["pretrained", "randomized", "perturbed", "debiased"]  # interventions on the model
+upstreams: list = ["pretrained", "randomized", "perturbed", "debiased", "leace"]  # interventions on the model
 perturb_scales: list = [0.5]  # noise of "perturbed", in standard deviations of each matrix
 data_changes: list = ["scrubbed", "rebalanced"]  # interventions on the data, on the plain model
-strengths: list = [0.25, 1.0]  # λ, how far shares are moved towards equality
+strengths: list = [-0.5, 0.25, 1.0]  # λ, how far shares are moved towards equality
 crossed: list = ["randomized"]  # interventions on the model that are combined with every λ
-class_seeds: list = [0, 1]  # of the head, of the order, and of what is drawn
-class_epochs: int = 3  # paper's protocol: 10
+class_seeds: list = [0, 1, 2]  # of the head, of the order, and of what is drawn
+head_c: float = 100.0  # frozen arm: inverse strength of the L2 penalty on standardised states
+class_epochs: int = 3  # whole arm, as the next two; paper's protocol: 10
 class_rate: float = 2e-3  # learning rate (protocol: 5e-5)
-class_batch: int = 32  # texts per step (protocol: 64)
+class_batch: int = 32  # texts per step (protocol: 64); four times as many are encoded at once
 class_length: int = 96  # longest text in tokens (protocol: 128)
 class_bf16: bool = False  # mixed precision, where the device computes in bfloat16
-barely: float = 0.25  # an effect within ± this share of the plain model's bias barely changes it
+barely: float = 0.25  # smallest effect of interest, as a share of the bias at the start
+same_accuracy: float = 0.03  # D1 and D2 leave out what costs more accuracy than this
 slight: float = 0.25  # changes up to this λ are slight
 learns: float = 0.5  # settings that keep less than this share of the plain margin over chance aren't judged
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
@@ -69,11 +75,11 @@ import transformers
 from IPython.display import Markdown, display
 
 from biasprune import figures
-from biasprune.core.data import data_dir
+from biasprune.core.data import choose, data_dir
 from biasprune.core.model import has_bfloat16, weights_sha256
 from biasprune.core.provenance import device_name
 from biasprune.core.run import VERDICT_COLUMNS, slug, start
-from biasprune.core.stats import verdict
+from biasprune.core.stats import over_seeds, verdict
 from biasprune.downstream import bias, classify, effects, texts
 from biasprune.downstream.effects import PLAIN
 
@@ -88,6 +94,7 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 
 # %%
 run = start("05_downstream_mitigation", globals())
+choose(class_arm, ("frozen", "whole"), "class_arm")
 grid = effects.grid(upstreams, data_changes, strengths, perturb_scales, crossed, class_seeds)
 sizes = {"train": class_train, "dev": class_dev, "test": class_test}
 drawn = {"cut": bold_words, "specific": bios_specific}
@@ -148,13 +155,21 @@ if task == "biographies":
 
 # %% [markdown]
 # ## 2 The grid
-# Every cell fine-tunes the whole model. A cell that is done is never computed again, and one that was stopped
-# goes on after its last epoch. Seeds also draw the texts, so intervals over seeds hold the sampling of
-# training and test texts.
+# Every cell trains one classifier: "whole" fine-tunes all weights, "frozen" encodes every text once per model
+# (mean of its last hidden states) and fits a logistic regression on the standardised states. A cell that is
+# done is never computed again, and fine-tuning that was stopped goes on after its last epoch. Seeds also draw
+# the texts, changes of the data, and the noise of randomized and perturbed models, so intervals over seeds
+# hold all of that.
+#
+# Interventions on the model: "randomized" has fresh weights, "perturbed" noise on all matrices; "debiased"
+# (SentenceDebias) takes one direction out of the last hidden states, and "leace" (Belrose et al., 2023) all
+# that is linear: the smallest change after which no linear classifier can tell the groups apart. Both are
+# fitted on sentences that differ in the group alone, which no classifier is trained or tested on.
 
 # %%
 bf16 = class_bf16 and has_bfloat16()
 recipe = classify.Recipe(class_epochs, class_rate, class_batch, class_length, bf16)
+recipe = recipe._replace(frozen=class_arm == "frozen", head_c=head_c)
 
 
 def cell(at: classify.Setting, seed: int) -> pd.DataFrame:
@@ -173,11 +188,13 @@ if comments:
     parts = {f"{task}: {p}": predictions[predictions["part"] == p] for p in whole["part"].unique()}
 
 
+by_cell = {case: dict(list(rows.groupby(["setting", "seed"]))) for case, rows in parts.items()}
+
+
 def outcome(case: str, at: classify.Setting, seed: int) -> dict:
-    of_cell = (parts[case]["setting"] == at.name) & (parts[case]["seed"] == seed)
     share = texts.shares(tables[seed].query("split == 'train'"), unit)
     row = {"data_name": case, "setting": at.name, **at._asdict(), "seed": seed}
-    return row | bias.summary(parts[case][of_cell], share, least_texts)
+    return row | bias.summary(by_cell[case][at.name, seed], share, least_texts)
 
 
 cells = run.frame("cells", lambda: pd.DataFrame([outcome(case, *c) for case in parts for c in grid]))
@@ -252,7 +269,8 @@ if comments:
 # %% [markdown]
 # ## 4 What every intervention does
 # `effect` on `excess`: against the plain pre-trained model with the data as they are, paired by seed, 95 %
-# over seeds. `needed`: seeds that would tell an effect of this size from none. "rebalanced" repeats texts
+# over seeds; `share`: the same as a share of the plain model's excess, whose noise its interval holds, too
+# (delta method). `needed`: seeds that would tell an effect of this size from none. "rebalanced" repeats texts
 # until shares are equal. "scrubbed" texts are scrubbed for testing too, since the classifier would never see
 # others: pairs and phrases are then the same text, without bias whatever the classifier, and D2 leaves that
 # out. "random for" a way of pruning removes as many parts of the same layers at random: what it changes, any
@@ -265,7 +283,8 @@ changes = pd.concat([effects.against(rows).assign(data_name=case) for case, rows
 changes = run.frame("effects", lambda: changes.merge(kinds, on="setting"))
 beyond = [effects.against(rows, classify.RANDOM).assign(data_name=case) for case, rows in by_case]
 beyond = run.frame("beyond_random", lambda: pd.concat(beyond))
-columns = ["data_name", "setting", "seeds", "accuracy", "excess", "effect", "low", "high", "needed"]
+columns = ["data_name", "setting", "seeds", "accuracy", "excess", "effect", "low", "high"]
+columns += ["share", "share_low", "share_high", "needed"]
 display(changes[columns].style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"]))
 if len(beyond):
     caption = "Pruning less as many parts of the same layers at random"
@@ -276,22 +295,34 @@ axis = {"low": "low", "high": "high", "panel": "panel", "xlabel": "change of exc
 run.figure(figures.intervals(ends[ends["setting"] != PLAIN], "effect", "setting", **axis), "interventions")
 
 # %% [markdown]
-# ## 5 Slight changes of co-occurrence
-# Bias against λ, how far the share of every occupation or group is moved: towards one half women, or towards
-# the share of toxic texts among all comments. The number of texts of every occupation or group stays, so
-# texts of the rarer kind are repeated where there are few.
+# ## 5 Changes of co-occurrence
+# The dose curve: bias against λ, how far the share of every occupation or group is moved: towards one half
+# women, or towards the share of toxic texts among all comments; below 0, away from it. The number of texts of
+# every occupation or group stays, so texts of the rarer kind are repeated where there are few. The table has
+# slopes over slight changes, from λ = 0 to `slight`, also as shares of the bias that each model starts from.
 
 # %%
-each = [effects.intervals(effects.slopes(rows, slight)).assign(data_name=case) for case, rows in by_case]
-slope = run.frame("slopes", lambda: pd.concat(each).rename(columns={"effect": "slope"}))
+SHARES = {"effect": "share", "low": "share_low", "high": "share_high"}
+
+
+def of_case(case: str, rows: pd.DataFrame) -> pd.DataFrame:
+    table = effects.intervals(effects.slopes(rows, slight)).rename(columns={"effect": "slope"})
+    shares = effects.intervals(effects.relative_slopes(rows, slight))[list(SHARES)]
+    return table.join(shares.rename(columns=SHARES)).assign(data_name=case)
+
+
+slope = run.frame("slopes", lambda: pd.concat([of_case(case, rows) for case, rows in by_case]))
 lines = cells[cells["data"].isin(["none", "co-occurrence"]) & cells["upstream"].isin(slope["upstream"])]
 if len(lines):
-    lines = lines.groupby(["data_name", "upstream", "strength"], sort=False)["excess"].mean().reset_index()
+    lines = lines.groupby(["data_name", "upstream", "strength"], sort=False)["excess"].apply(over_seeds)
+    lines = pd.DataFrame(lines.tolist(), lines.index, ["excess", "low", "high"]).reset_index()
     lines = lines.assign(panel=lines["data_name"].map(names))
     axis = {
         "panel": "panel",
         "xlabel": "λ: 0 as observed, 1 equal shares",
-        "ylabel": "excess, mean over seeds",
+        "ylabel": "excess, mean over seeds, 95 %",
+        "low": "low",
+        "high": "high",
     }
     run.figure(figures.lines(lines, "strength", "excess", "upstream", reference=0.0, **axis), "co_occurrence")
 slope.style.hide(axis="index").format(precision=3).format("{:,.0f}", subset=["needed"])
@@ -318,16 +349,21 @@ beside.style.hide(axis="index").format(precision=3, na_rep="–")
 # ## 7 Verdicts
 # Settings whose accuracy keeps less than the share `learns` of the plain model's margin over chance are left
 # out: at chance there are no gaps. Where the plain model has no bias to lower (median p ≥ .05 over seeds),
-# nothing is tested. `bound` is the share `barely` of the plain model's bias: "barely" and "do nothing" mean
-# within ± `bound`, interval and all.
+# nothing is tested. Effects and slopes are shares of the bias at the start. "Barely" and "do nothing" are
+# tests of equivalence: the whole interval must lie within ± `barely`, the smallest effect of interest. D1 and
+# D2 leave out what costs more accuracy than `same_accuracy`: a worse classifier with less bias is no success.
 
 # %%
 of_plain = changes[changes["setting"] == PLAIN].set_index("data_name")
 chance = 1 / whole["label"].nunique()
 margin = (changes["accuracy"] - chance) / (changes["data_name"].map(of_plain["accuracy"]) - chance)
 judged = changes[(margin >= learns) & changes["data_name"].isin(readable)]
-bound, p = barely * of_plain["excess"], plain_cells["p"].median()
-biased = (p < 0.05) & (bound > 0)
+cost = judged["data_name"].map(of_plain["accuracy"]) - judged["accuracy"]
+fair = judged[cost <= same_accuracy]
+costly = judged[(cost > same_accuracy) & (judged["upstream"] != "randomized")]
+costly = costly.groupby("data_name")["setting"].agg(", ".join)
+p = plain_cells["p"].median()
+biased = (p < 0.05) & (of_plain["excess"] > 0)
 paired = {case: bool((rows["pair"] >= 0).all()) for case, rows in parts.items()}
 lost = {
     case: sorted(set(kinds["setting"]) - set(rows["setting"])) for case, rows in judged.groupby("data_name")
@@ -337,6 +373,7 @@ concluded: list[dict] = []
 
 def conclude(number: str, case: str, found: dict, reproduced: bool, refuted: bool, why: str) -> None:
     said = verdict(reproduced=bool(reproduced), refuted=bool(refuted), biased=bool(biased[case]))
+    why += f"; left out, costs accuracy: {costly[case]}" if number in ("D1", "D2") and case in costly else ""
     why += f"; left out, hardly learns: {', '.join(lost[case])}" if lost[case] else ""
     why += "" if biased[case] else f"; the plain model shows no bias to lower (p = {p[case]:.2f})"
     ours = {"ours": found["effect"], "low": found["low"], "high": found["high"]}
@@ -352,37 +389,42 @@ CLAIMS = {
     "D4": "Pre-training changes what the data do",
 }
 WHAT = {
-    "D1": "effect on excess, mean of the interventions; lowest and highest end of 95 % over seeds",
-    "D2": "excess that the best one lowers, chosen by the other seeds: data − model; 95 % over seeds",
-    "D3a": "change of excess per λ; 95 % over seeds",
-    "D3b": "change of excess per λ; 95 % over seeds",
-    "D4": "change of excess per λ, pre-trained − randomized; 95 % over seeds",
+    "D1": "change of excess as a share of the plain model's, mean of the interventions; "
+    "lowest and highest end of 95 % over seeds",
+    "D2": "share of the plain model's excess that the best one lowers, chosen by the other seeds, at about "
+    "equal accuracy: data − model; 95 % over seeds",
+    "D3a": "change of excess per λ as a share of the plain model's; 95 % over seeds",
+    "D3b": "change of excess per λ as a share of the plain model's; 95 % over seeds",
+    "D4": "change of excess per λ as a share of where each starts, pre-trained − randomized; 95 % over seeds",
 }
 
 # %% [markdown]
-# **D1** is reproduced if all interventions on the model stay within ± `bound`, and refuted if one of them
+# **D1** is reproduced if all interventions on the model stay within ± `barely`, and refuted if one of them
 # lies beyond it. Pruning refutes it only where it also changes more than as many parts at random do.
 
 # %%
-control = judged["upstream"].isin(["pretrained", "randomized"]) | judged["upstream"].str.startswith(
-    classify.RANDOM
-)
-on_model = judged[(judged["data"] == "none") & ~control]
-more = beyond.set_index(["data_name", "setting"])[["effect", "low", "high"]].add_prefix("beyond_")
+control = fair["upstream"].isin(["pretrained", "randomized"])
+control |= fair["upstream"].str.startswith(classify.RANDOM)
+on_model = fair[(fair["data"] == "none") & ~control]
+more = beyond.set_index(["data_name", "setting"])[["share", "share_low", "share_high"]].add_prefix("beyond_")
 on_model = on_model.join(more, on=["data_name", "setting"])
 for case, rows in on_model.groupby("data_name", sort=False):
     whole_model = ~rows["upstream"].isin(classify.PRUNED)  # these aren't mere damage to some parts
-    lower = (rows["high"] < -bound[case]) & (whole_model | (rows["beyond_high"] < 0))
-    higher = (rows["low"] > bound[case]) & (whole_model | (rows["beyond_low"] > 0))
-    inside = (rows["low"] > -bound[case]) & (rows["high"] < bound[case])
-    each = [f"{r.setting} {r.effect:+.4f} (accuracy {r.accuracy:.2f})" for r in rows.itertuples()]
+    lower = (rows["share_high"] < -barely) & (whole_model | (rows["beyond_share_high"] < 0))
+    higher = (rows["share_low"] > barely) & (whole_model | (rows["beyond_share_low"] > 0))
+    inside = (rows["share_low"] > -barely) & (rows["share_high"] < barely)
+    each = [
+        f"{r.setting} {r.share:+.0%} ({r.share_low:+.0%} to {r.share_high:+.0%}, accuracy {r.accuracy:.2f})"
+        for r in rows.itertuples()
+    ]
     each += [
-        f"{r.setting} {r.beyond_effect:+.4f} ({r.beyond_low:+.4f} – {r.beyond_high:+.4f}) beyond random"
-        if r.beyond_effect == r.beyond_effect
+        f"{r.setting} beyond random {r.beyond_share:+.0%} "
+        f"({r.beyond_share_low:+.0%} to {r.beyond_share_high:+.0%})"
+        if r.beyond_share == r.beyond_share
         else f"{r.setting} without random parts beside it, so no evidence against D1"
         for r in rows[~whole_model].itertuples()
     ]
-    found = {"effect": rows["effect"].mean(), "low": rows["low"].min(), "high": rows["high"].max()}
+    found = {"effect": rows["share"].mean(), "low": rows["share_low"].min(), "high": rows["share_high"].max()}
     why = (
         f"{'; '.join(each)}; plain {of_plain['excess'][case]:.4f} (accuracy {of_plain['accuracy'][case]:.2f})"
     )
@@ -394,16 +436,18 @@ for case, rows in on_model.groupby("data_name", sort=False):
 # refute it.
 
 # %%
-on_data = judged[(judged["upstream"] == "pretrained") & (judged["data"] != "none")]
+on_data = fair[(fair["upstream"] == "pretrained") & (fair["data"] != "none")]
 on_data = on_data[~((on_data["data"] == "scrubbed") & on_data["data_name"].map(paired))]
 for case, rows in by_case:
     model_side, data_side = (t[t["data_name"] == case] for t in (on_model, on_data))
     if model_side.empty or data_side.empty:
         continue
-    lowered = [effects.best_lowered(rows, side["setting"]) for side in (data_side, model_side)]
-    found = effects.intervals((lowered[0] - lowered[1]).to_frame()).iloc[0]
+    best_data, best_model = (effects.best_lowered(rows, t["setting"]) for t in (data_side, model_side))
+    found, accuracy = (row for _, row in effects.intervals(best_data - best_model).iterrows())
     weak = ((data_side["data"] == "co-occurrence") & (data_side["strength"] <= slight)).all()
-    why = f"chosen among {len(data_side)} on the data and {len(model_side)} on the model"
+    why = f"chosen among {len(data_side)} on the data (the best: {best_data['lowered'].mean():.0%}) and "
+    why += f"{len(model_side)} on the model ({best_model['lowered'].mean():.0%}); accuracy, data − model: "
+    why += f"{accuracy['effect']:+.3f} ({accuracy['low']:+.3f} to {accuracy['high']:+.3f})"
     why += (
         "; scrubbed left out, no bias by construction" if paired[case] and "scrubbed" in data_changes else ""
     )
@@ -412,13 +456,14 @@ for case, rows in by_case:
 
 # %% [markdown]
 # **D3a** is reproduced by any slope on λ that can be told from 0, and refuted if the change up to `slight`
-# stays within ± `bound`. **D3b** is refuted by any such slope, and reproduced if the change stays within
-# while a randomized model's slope can be told from 0. **D4** is reproduced if both slopes differ, and refuted
-# if they differ by less than `bound`; it doesn't ask where they start.
+# stays within ± `barely`. **D3b** is refuted by any such slope, and reproduced if the change stays within
+# while a randomized model's slope can be told from 0. **D4** is reproduced if both slopes over all λ from 0
+# on, each as a share of where it starts, differ, and refuted if they differ by less than `barely`.
 
 # %%
 able = judged[judged["data"] == "none"].set_index(["data_name", "upstream"]).index
-known = slope.rename(columns={"slope": "effect"}).set_index(["data_name", "upstream"])
+known = slope.drop(columns=["low", "high"]).rename(columns={v: k for k, v in SHARES.items()})
+known = known.set_index(["data_name", "upstream"])
 known = known[known.index.isin(able)]
 starts = changes[changes["data"] == "none"].set_index(["data_name", "upstream"])["excess"]
 for case, rows in by_case:
@@ -426,7 +471,7 @@ for case, rows in by_case:
         continue
     one = known.loc[(case, "pretrained")].to_dict()
     moves = one["high"] < 0 or one["low"] > 0
-    flat = slight * one["low"] > -bound[case] and slight * one["high"] < bound[case] and not moves
+    flat = slight * one["low"] > -barely and slight * one["high"] < barely and not moves
     conclude(
         "D3a", case, one, moves, flat, f"about {one['needed']:,.0f} seeds tell a slope of this size from 0"
     )
@@ -437,17 +482,19 @@ for case, rows in by_case:
     steep = two["high"] < 0 or two["low"] > 0
     why = f"randomized {two['effect']:+.4f} ({two['low']:+.4f} – {two['high']:+.4f})"
     conclude("D3b", case, one, flat and steep, moves, why)
-    both = effects.slopes(rows)
+    both = effects.relative_slopes(rows)
     found = effects.intervals((both["pretrained"] - both["randomized"]).to_frame()).iloc[0]
-    inside = -bound[case] < found["low"] < 0 < found["high"] < bound[case]
-    why = f"they start from {starts[case, 'pretrained']:.3f} and {starts[case, 'randomized']:.3f}"
+    inside = -barely < found["low"] < 0 < found["high"] < barely
+    why = f"{both['pretrained'].mean():+.2f} and {both['randomized'].mean():+.2f} per λ, from "
+    why += f"{starts[case, 'pretrained']:.3f} and {starts[case, 'randomized']:.3f}"
     conclude("D4", case, found, found["low"] > 0 or found["high"] < 0, inside, why)
 
 # %%
 verdicts = pd.DataFrame(concluded, columns=VERDICT_COLUMNS)
 each = [f"{r.case}, {r.id.split()[0]}: {r.claim}: **{r.verdict}**." for r in verdicts.itertuples()]
 none = "No claim can be judged: there is no intervention, or none that learns."
-sentence = f"{classifier}. {' '.join(each) or none}{phrases_say}"
+arm = "frozen encoder" if recipe.frozen else "fine-tuned"
+sentence = f"{classifier}, {arm}. {' '.join(each) or none}{phrases_say}"
 display(Markdown(sentence))
 verdicts.drop(columns="what").style.hide(axis="index").format(precision=3, na_rep="–")
 
@@ -464,5 +511,5 @@ if not comments:
     del shown_tables["groups-comments"]
 shown_figures = {"interventions": "Change of bias by intervention"}
 shown_figures |= {"co_occurrence": "Bias against how far shares are moved"} if len(lines) else {}
-about = f"toxicity, {task}" if comments else task
+about = f"toxicity, {task}, {arm}" if comments else f"{task}, {arm}"
 run.finish(sentence, verdicts=verdicts, about=about, tables=shown_tables, figures=shown_figures)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from fairlearn.metrics import MetricFrame
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
 from biasprune.core import data, model
@@ -268,15 +269,41 @@ def test_the_direction_is_what_contrasts_differ_by_and_goes(unit):
     sets = texts.contrasts(unit)
     scrub = texts.scrubbed(pd.DataFrame({"text": [t for s in sets for t in s], "label": "toxic"}))["text"]
     assert unit == "label" or scrub.nunique() == len(sets), "they differ in the term alone"
-    direction = classify.bias_direction(net, tokenizer, sets)
-    apart = torch.cat([x - x.mean(0) for x in (classify.embed(net, tokenizer, s) for s in sets)])
+    direction = classify.bias_direction(net, tokenizer, sets, RECIPE)
+    apart = torch.cat([x - x.mean(0) for x in (classify.embed(net, tokenizer, s, RECIPE) for s in sets)])
     random = torch.randn(200, len(direction), generator=torch.Generator().manual_seed(0))
     random = torch.nn.functional.normalize(random, dim=-1)
     assert (apart @ direction).square().sum() > (apart @ random.T).square().sum(0).max()
-    before = classify.embed(net, tokenizer, ["She sings.", "He sings."]) @ direction
-    classify.project_out(net, direction)
-    after = classify.embed(net, tokenizer, ["She sings.", "He sings."]) @ direction
+    before = classify.embed(net, tokenizer, ["She sings.", "He sings."], RECIPE) @ direction
+    classify.erase(net, classify.erasure("tiny-gpt2", "debiased", unit, RECIPE))
+    after = classify.embed(net, tokenizer, ["She sings.", "He sings."], RECIPE) @ direction
     assert before.abs().max() > 1e-2 and after.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("width", [6, 60])
+def test_leace_by_slow_definition(width):
+    """No linear classifier is left, of all least-squares erasures it is the nearest, and nothing else moves."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 3, 50)  # with 60 columns, texts span fewer dimensions than there are
+    x = torch.tensor(rng.normal(size=(50, width)) @ rng.normal(size=(width, width)) + 5)
+    x[:, 0] += torch.tensor(2.0 * group)
+    taken = classify.leace(x, group)
+    left, z = taken(x), np.eye(3)[group]
+    chance = np.bincount(group).max() / 50
+    head = LogisticRegression(C=1e3, max_iter=5000)
+    assert head.fit(x, group).score(x, group) > chance + 0.15
+    assert head.fit(left, group).score(left, group) == pytest.approx(chance), "it says the most frequent group"
+    fit = np.linalg.lstsq(np.c_[np.ones(50), left], z, rcond=1e-9)[0]
+    assert np.allclose(np.c_[np.ones(50), left] @ fit, z.mean(0), atol=1e-6)
+    assert torch.allclose(left.mean(0), x.mean(0)) and torch.allclose(taken(left), left, atol=1e-6)
+    moved, centred = (left - x).square().sum(), x - x.mean(0)
+    means = centred.T @ (torch.tensor(z) - torch.tensor(z).mean(0))
+    across = torch.linalg.svd(means, full_matrices=False)[0][:, :2]  # what must go: two dimensions for three groups
+    for _ in range(100):  # any other map that erases: oblique projections along the same dimensions
+        other = across + 0.3 * torch.tensor(rng.normal(size=across.shape))
+        oblique = across @ torch.linalg.inv(other.T @ across) @ other.T
+        assert torch.allclose((centred - centred @ oblique.T).T @ torch.tensor(z), torch.zeros(width, 3).double())
+        assert (centred @ oblique.T).square().sum() >= moved - 1e-9
 
 
 def test_padding_changes_nothing(tmp_path):
@@ -298,7 +325,7 @@ def test_what_is_pruned_stays_out_through_fine_tuning(name, table, tmp_path, mon
     monkeypatch.setattr(classify, "selected", lambda *a: pruning)
     at = Setting("fasp", scale=0.1)
     train, dev, tested = (t[:48] for t in texts.prepared(table, "none", 0.0, 0))
-    net, tokenizer = classify.changed(name, at, sorted(table["label"].unique()), 0, "label")
+    net, tokenizer = classify.changed(name, at, sorted(table["label"].unique()), 0, "label", RECIPE)
     start = {n: p.detach().clone() for n, p in net.named_parameters()}
     net = classify.fine_tune(net, tokenizer, train, dev, RECIPE, 0, tmp_path / "x").cpu().eval()
     a = model.anatomy(net)
@@ -322,7 +349,7 @@ def test_parts_are_selected_for_decoders_and_drawn_like_them():
         assert len(chosen) and all(len(c) == len(chosen) for c in controls)
         assert controls[0] == controls[1] != controls[2]
     with pytest.raises(ValueError, match="tiny-bert: fasp, neurons, neuron slopes need a decoder"):
-        classify.changed("tiny-bert", Setting("random for fasp", scale=0.1), JOBS, 0, "label")
+        classify.changed("tiny-bert", Setting("random for fasp", scale=0.1), JOBS, 0, "label", RECIPE)
 
 
 # ---- fine-tuning ----
@@ -363,6 +390,78 @@ def test_a_cell_learns_and_scrubbed_pairs_leave_no_bias(tmp_path):
     assert (one["predicted"] == one["label"]).mean() > 0.55 > 1 / 3
     clean = classify.cell("tiny-bert", Setting(data="scrubbed"), whole, recipe._replace(epochs=1), 0, tmp_path / "x")
     assert (bias.gaps(clean, 2)["gap"] == 0).all() and clean["predicted"].nunique() > 1
+
+
+# ---- a logistic head on a frozen encoder ----
+FROZEN = RECIPE._replace(frozen=True, head_c=0.1)
+
+
+def test_the_frozen_arm_by_hand(table, tmp_path):
+    """Every text by itself through the encoder, standardised, and a head written out; of erased states, too."""
+    whole = table[table["split"] != "dev"]
+    net, tokenizer = classify.load("tiny-bert", JOBS, 7)
+    with torch.no_grad():
+        each = [
+            net.bert.eval()(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in whole["text"]
+        ]
+    for upstream in ("pretrained", "debiased", "leace"):
+        x = torch.stack(each)
+        if upstream != "pretrained":
+            x = classify.erasure("tiny-bert", upstream, "label", FROZEN)(x)
+        x, train = x.double().numpy(), (whole["split"] == "train").to_numpy()
+        x = (x - x[train].mean(0)) / x[train].std(0).clip(1e-12)
+        head = LogisticRegression(C=0.1, max_iter=2000).fit(x[train], whole["label"][train])
+        got = classify.cell("tiny-bert", Setting(upstream), table, FROZEN, 3, tmp_path)
+        assert (got["predicted"].to_numpy() == head.predict(x[~train])).mean() > 0.98, "but for rounding"
+        assert got["predicted"].nunique() == 3 and list(got) == ["label", "group", "pair", "predicted"]
+
+
+def test_frozen_equal_texts_have_equal_predictions(table, tmp_path):
+    clean = classify.cell("tiny-bert", Setting(data="scrubbed"), table, FROZEN, 0, tmp_path)
+    assert (bias.gaps(clean, 2)["gap"] == 0).all() and clean["predicted"].nunique() > 1
+    one, two = (classify.cell("tiny-bert", Setting("randomized"), table, FROZEN, s, tmp_path) for s in (0, 1))
+    again = classify.cell("tiny-bert", Setting("randomized"), table, FROZEN, 0, tmp_path)
+    assert one.equals(again) and not one["predicted"].equals(two["predicted"]), "a seed draws the weights"
+
+
+def test_both_arms_give_the_same_columns(reddit, tmp_path):
+    sizes = {"train": 120, "dev": 60, "test": 60}
+    few = pd.concat([texts.subset(reddit, s, n, 0) for s, n in sizes.items()], ignore_index=True)
+    few = pd.concat([few.assign(part="comments"), texts.identity_phrases().assign(part="phrases")], ignore_index=True)
+    for upstream in ("pretrained", "leace"):
+        whole, frozen = (classify.cell("tiny-bert", Setting(upstream), few, r, 0, tmp_path) for r in (RECIPE, FROZEN))
+        assert list(whole) == list(frozen) and whole["label"].equals(frozen["label"])
+        assert (
+            frozen["score"].between(0, 1).all() and ((frozen["score"] > 0.5) == (frozen["predicted"] == "toxic")).all()
+        )
+
+
+def test_a_planted_gap_is_covered_by_the_frozen_arm(monkeypatch, tmp_path):
+    """Synthetic embeddings, not texts: 95 % of the intervals over ten seeds hold the gap of very many test texts."""
+    monkeypatch.setattr(bias, "DRAWS", 100)
+    monkeypatch.setattr(classify, "_encoded", lambda name, at, seed, texts, recipe: torch.tensor([*map(eval, texts)]))
+    share = pd.Series({"nurse": 0.85, "surgeon": 0.15})
+
+    def drawn(n: int, split: str, rng: np.random.Generator) -> pd.DataFrame:
+        label = np.repeat(list(share.index), n // 2)
+        women = rng.random(n) < (0.5 if split == "test" else share[label].to_numpy())
+        rows = pd.DataFrame({"label": label, "group": np.where(women, *texts.GROUPS), "split": split, "pair": -1})
+        state = rng.normal(size=(n, 2)) + np.c_[1.5 * (label == "nurse"), 2.0 * women]  # gender shows in an embedding
+        return rows.assign(text=[str(tuple(x)) for x in state.tolist()])
+
+    def effect(seed: int, n: int) -> float:
+        rng, each = np.random.default_rng(seed), []
+        whole = pd.concat([drawn(m, s, rng) for m, s in ((200, "train"), (4, "dev"), (n, "test"))], ignore_index=True)
+        for at in (Setting(data="co-occurrence", strength=1.0), Setting()):
+            each.append(bias.summary(classify.cell("", at, whole, FROZEN, seed, tmp_path), share)["excess"])
+        return each[0] - each[1]
+
+    truth = np.mean([effect(10**6 + s, 3000) for s in range(20)])
+    each, rng = np.array([effect(s, 200) for s in range(100)]), np.random.default_rng(0)
+    few = pd.DataFrame(np.stack([rng.choice(each, 10, replace=False) for _ in range(1000)], 1))
+    found = effects.intervals(few.rename_axis(columns="draw"))
+    assert truth < -0.03 and (found["high"] < 0).mean() > 0.9, "it is found"
+    assert 0.9 < ((found["low"] < truth) & (truth < found["high"])).mean() < 0.99
 
 
 # ---- bias of a classifier ----
@@ -557,6 +656,27 @@ def test_effects_and_slopes_by_hand():
     slope = effects.intervals(effects.slopes(cells, 0.25)).set_index("upstream")["effect"]
     assert set(slope.index) == {"pretrained", "randomized"} and slope.to_numpy() == pytest.approx(-0.1, abs=0.05)
     assert not len(effects.intervals(effects.slopes(cells[cells["data"] == "none"])))
+    share = effects.against(cells).set_index("setting").loc["pretrained, co-occurrence 1", "share"]
+    assert share == pytest.approx(got["pretrained, co-occurrence 1"] / wide[effects.PLAIN].mean())
+    own = effects.intervals(effects.relative_slopes(cells)).set_index("upstream")["effect"]
+    assert own["pretrained"] == pytest.approx(
+        effects.slopes(cells)["pretrained"].mean() / wide["pretrained, none"].mean()
+    )
+    assert own["randomized"] == pytest.approx(
+        effects.slopes(cells)["randomized"].mean() / wide["randomized, none"].mean()
+    )
+
+
+def test_shares_of_a_noisy_start_are_covered():
+    """Ratios of means over 12 seeds of which the start is noisy, too: 95 % of the intervals hold the true share."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(500):
+        start = pd.Series(rng.normal(1, 0.4, 12))
+        each = pd.DataFrame({"effect": -0.5 * start + rng.normal(0, 0.2, 12)})
+        (row,) = effects.intervals(effects.relative(each, start).rename_axis(columns="what")).itertuples()
+        assert row.effect == pytest.approx(each["effect"].mean() / start.mean())
+        held += row.low < -0.5 < row.high
+    assert 0.92 < held / 500 < 0.98
 
 
 def test_the_best_is_chosen_by_the_other_seeds():
@@ -564,5 +684,9 @@ def test_the_best_is_chosen_by_the_other_seeds():
     rng, found = np.random.default_rng(0), []
     for _ in range(200):
         rows = [(s, seed, rng.normal()) for s in (effects.PLAIN, "a", "b") for seed in range(4)]
-        found.append(effects.best_lowered(pd.DataFrame(rows, columns=["setting", "seed", "excess"]), ["a", "b"]).mean())
+        cells = pd.DataFrame(rows, columns=["setting", "seed", "excess"]).assign(accuracy=0.8)
+        cells.loc[cells["setting"] == effects.PLAIN, ["excess", "accuracy"]] += [50, 0.1]
+        best = effects.best_lowered(cells, ["a", "b"])
+        assert best["accuracy"].tolist() == pytest.approx([-0.1] * 4)
+        found.append(50 * (best["lowered"].mean() - 1))
     assert abs(np.mean(found)) < 3 * np.std(found) / 200**0.5

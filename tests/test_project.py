@@ -48,7 +48,7 @@ def lines(paths: list[Path]) -> int:
 
 
 def test_the_house_stays_thin():
-    assert lines(PACKAGE) <= 6290  # the aim is 5,000, with all measures and methods 6,500
+    assert lines(PACKAGE) <= 6420  # the aim is 5,000, with all measures and methods 6,500
     assert lines([p for p in PACKAGE if "core" in p.parts]) <= 2220
 
 

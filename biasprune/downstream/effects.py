@@ -41,9 +41,9 @@ def grid(
     return [(at, seed) for seed in seeds for at in settings]
 
 
-def by_seed(cells: pd.DataFrame) -> pd.DataFrame:
-    """Excess, seeds × settings in the grid's order."""
-    return cells.pivot(index="seed", columns="setting", values="excess")[list(cells["setting"].unique())]
+def by_seed(cells: pd.DataFrame, value: str = "excess") -> pd.DataFrame:
+    """Excess, or another column: seeds × settings in the grid's order."""
+    return cells.pivot(index="seed", columns="setting", values=value)[list(cells["setting"].unique())]
 
 
 def intervals(each: pd.DataFrame) -> pd.DataFrame:
@@ -59,15 +59,27 @@ def intervals(each: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[each.columns.name, "effect", "low", "high", "sd", "needed", "seeds"])
 
 
+def relative(each: pd.DataFrame, start: pd.Series) -> pd.DataFrame:
+    """Columns over seeds as shares of the mean ``start``: their means are ratios of means.
+
+    Linearised (delta method), so that an interval over seeds holds the noise of the start, too. NaN without a start.
+    """
+    mean = start.mean() if start.mean() > 1e-6 else np.nan
+    return each.mean() / mean + (each - np.outer(start, each.mean() / mean)) / mean
+
+
 def against(cells: pd.DataFrame, control: str = "") -> pd.DataFrame:
     """Every setting less the plain model, or less the setting with ``control`` (``RANDOM``) before its name.
 
-    setting, accuracy, excess (means), control_accuracy, and ``intervals`` of the differences by seed.
+    setting, accuracy, excess (means), control_accuracy, ``intervals`` of the differences by seed, and of them as
+    shares of the plain model's bias: share, share_low, share_high.
     """
     wide, means = by_seed(cells), cells.groupby("setting")[["accuracy", "excess"]].mean()
     other = {s: control + s if control else PLAIN for s in wide}
-    each = {s: wide[s] - wide[c] for s, c in other.items() if c in wide}
-    table = intervals(pd.DataFrame(each, index=wide.index).rename_axis(columns="setting")).join(means, on="setting")
+    each = pd.DataFrame({s: wide[s] - wide[c] for s, c in other.items() if c in wide}, index=wide.index)
+    each, names = each.rename_axis(columns="setting"), ["share", "share_low", "share_high"]
+    shares = intervals(relative(each, wide[PLAIN]))[["effect", "low", "high"]].set_axis(names, axis=1)
+    table = intervals(each).join(shares).join(means, on="setting")
     return table.assign(control_accuracy=table["setting"].map(other).map(means["accuracy"]))
 
 
@@ -80,9 +92,21 @@ def slopes(cells: pd.DataFrame, most: float = np.inf) -> pd.DataFrame:
     return pd.Series(list(fits.values()), index=index, dtype=float).unstack(sort=False)
 
 
-def best_lowered(cells: pd.DataFrame, settings: Names) -> pd.Series:
-    """What the best of some settings lowers in each seed, the best by the mean of the other seeds."""
-    wide = by_seed(cells)
+def relative_slopes(cells: pd.DataFrame, most: float = np.inf) -> pd.DataFrame:
+    """``slopes`` as shares of the bias that each intervention on the model has with the data as they are."""
+    each, plain = slopes(cells, most), cells[cells["data"] == "none"]
+    starts = plain.groupby(["seed", "upstream"])["excess"].mean().unstack().loc[each.index]
+    return each.apply(lambda column: relative(column.to_frame(), starts[column.name])[column.name])
+
+
+def best_lowered(cells: pd.DataFrame, settings: Names) -> pd.DataFrame:
+    """What the best of some settings does in each seed, the best by the mean of the other seeds.
+
+    Columns: lowered, as a share of the plain model's bias; accuracy, less that of the plain model.
+    """
+    wide, right = by_seed(cells), by_seed(cells, "accuracy")
     lowered = -wide[list(settings)].sub(wide[PLAIN], axis=0)
     best = ((lowered.sum() - lowered) / (len(lowered) - 1)).idxmax(axis=1)
-    return pd.Series({seed: lowered.loc[seed, best[seed]] for seed in lowered.index})
+    rows = {s: (lowered.loc[s, b], right.loc[s, b] - right.loc[s, PLAIN]) for s, b in best.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["lowered", "accuracy"])
+    return table.assign(lowered=relative(table[["lowered"]], wide[PLAIN]))

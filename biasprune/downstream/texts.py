@@ -338,8 +338,11 @@ def prepared(table: pd.DataFrame, data: str, strength: float, seed: int) -> tupl
     return train, dev, test
 
 
-def contrasts(unit: str) -> list[list[str]]:
-    """Sets of sentences that differ in the group alone: what "debiased" takes out of a model."""
+def contrasts(unit: str, generated: int = 0) -> list[list[str]]:
+    """Sets of sentences that differ in the group alone, or of occupations so many generated pairs: what is erased."""
+    if unit == "label" and generated:
+        pairs = biographies(generated, 10**6, "test")  # a seed that no run uses
+        return [rows.tolist() for _, rows in pairs.groupby("pair")["text"]]
     if unit == "label":
         return words("bios", "contrasts")[list(GROUPS)].to_numpy().tolist()
     people = words("identity", "terms")["many"]

@@ -20,11 +20,12 @@ KINDS = ("pronouns", "occupations", "stereoset", "crows-pairs", "winobias", "mea
 def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any] | None = None) -> Measure:
     """A measure by text, "KIND: AXIS", on the clusters of one side ("valid", "test", "all"), at most n items (0: all).
 
-    "pronouns: speech" (a context, or all; "occupations: speech" has all its sentences on either side), "stereoset: race" (an axis, or all), "crows-pairs: all", "winobias:
-    gender", "meaning: all" (StereoSet's language-modelling score), "FILE.csv: AXIS" with more and less (``pairs``),
-    or item, cluster, share, text, a and b (``choices``). After prompts about groups "texts: race_ethnicity"
-    (sampled texts; "texts by sentiment: …" for another judge) and "tone: race_ethnicity" (next words): with
-    ``texts``, which has the source of the prompts, frame (for tone), and arguments of ``toxicity``.
+    "pronouns: speech" (a context, or all; "occupations: speech": with the same sentences on either side), "stereoset:
+    race" (an axis, or all), "crows-pairs: all", "winobias: gender", "meaning: all" (StereoSet's language-modelling
+    score), "FILE.csv: AXIS" with more and less (``pairs``), or item, cluster, share, text, a and b (``choices``). After
+    prompts about groups "texts: race_ethnicity" (sampled texts; "texts by sentiment: …" for another judge) and "tone:
+    race_ethnicity" (next words): with ``texts``, which has the source of the prompts, frame (for tone), and arguments of
+    ``toxicity``.
     """
     kind, axis = map(str.strip, spec.rsplit(":", 1)) if ":" in spec else (spec, "all")
     if kind.partition(" by ")[0] not in KINDS and not kind.endswith(".csv"):
