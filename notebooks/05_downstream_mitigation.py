@@ -164,7 +164,8 @@ if task == "biographies":
 # Interventions on the model: "randomized" has fresh weights, "perturbed" noise on all matrices; "debiased"
 # (SentenceDebias) takes one direction out of the last hidden states, and "leace" (Belrose et al., 2023) all
 # that is linear: the smallest change after which no linear classifier can tell the groups apart. Both are
-# fitted on sentences that differ in the group alone, which no classifier is trained or tested on.
+# fitted on sentences that differ in the group alone, which no classifier is trained or tested on; "leace" of
+# occupations on pairs of generated biographies, so that it knows the form of the task `biographies`.
 
 # %%
 bf16 = class_bf16 and has_bfloat16()

@@ -37,7 +37,7 @@ Loaded = tuple[nn.Module, Tokenizer]
 
 
 class Recipe(NamedTuple):
-    """How a classifier is fine-tuned; the defaults are those of Orgad et al., NAACL 2022."""
+    """How a classifier is trained; the defaults are those of Orgad et al., NAACL 2022."""
 
     epochs: int = 10
     rate: float = 5e-5  # learning rate: a warm-up of a tenth of the steps, then linear decay
@@ -152,7 +152,7 @@ def leace(x: Tensor, group: Sequence[int]) -> Erasure:
     """The smallest affine change of x (texts, width) after which no linear map tells groups apart, in float64.
 
     Least-squares concept erasure: x − W⁺ P W (x − mean), W = Σ_xx^(−1/2), P the projection on the columns of W Σ_xz.
-    Source: Belrose et al., NeurIPS 2023 (arXiv 2306.03819), theorem 4.3.
+    Source: Belrose et al., NeurIPS 2023 (arXiv 2306.03819).
     """
     x, z = x.double(), nn.functional.one_hot(torch.as_tensor(group, device=x.device)).double()
     x, centre, z = x - x.mean(0), x.mean(0), z - z.mean(0)
@@ -173,8 +173,8 @@ def erasure(name: str, method: str, unit: str, recipe: Recipe) -> Erasure:
     """
     net, tokenizer = load(name, ["a", "b"], 0)
     if method == "debiased":
-        unit_vector = bias_direction(net, tokenizer, contrasts(unit), recipe)
-        return Erasure(torch.outer(unit_vector, unit_vector), torch.zeros_like(unit_vector))
+        direction = bias_direction(net, tokenizer, contrasts(unit), recipe._replace(bf16=False))
+        return Erasure(torch.outer(direction, direction), torch.zeros_like(direction))
     given = [(t, i) for same in contrasts(unit, generated=1000) for i, t in enumerate(same)]
     taken = leace(embed(net, tokenizer, [t for t, _ in given], recipe), [i for _, i in given])
     return Erasure(*(t.float() for t in taken))
@@ -297,8 +297,8 @@ def fine_tune(
 
 def probabilities(net: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe) -> np.ndarray:
     """The probability of every class, in the texts' order: (texts, classes) float64."""
-    likely = _per_text(net, tokenizer, texts, recipe, lambda batch: net(**batch).logits.double().softmax(-1))
-    return likely.cpu().numpy()
+    likely = _per_text(net, tokenizer, texts, recipe, lambda batch: net(**batch).logits.cpu().double().softmax(-1))
+    return likely.numpy()
 
 
 def cell(name: str, at: Setting, table: pd.DataFrame, recipe: Recipe, seed: int, folder: Path) -> pd.DataFrame:

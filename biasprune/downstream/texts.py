@@ -340,9 +340,8 @@ def prepared(table: pd.DataFrame, data: str, strength: float, seed: int) -> tupl
 
 def contrasts(unit: str, generated: int = 0) -> list[list[str]]:
     """Sets of sentences that differ in the group alone, or of occupations so many generated pairs: what is erased."""
-    if unit == "label" and generated:
-        pairs = biographies(generated, 10**6, "test")  # a seed that no run uses
-        return [rows.tolist() for _, rows in pairs.groupby("pair")["text"]]
+    if unit == "label" and generated:  # by a seed that no run uses
+        return biographies(generated, 10**6, "test").groupby("pair")["text"].agg(list).tolist()
     if unit == "label":
         return words("bios", "contrasts")[list(GROUPS)].to_numpy().tolist()
     people = words("identity", "terms")["many"]
