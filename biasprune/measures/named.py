@@ -24,8 +24,8 @@ def measure(spec: str, side: str = "all", n: int = 0, *, texts: Mapping[str, Any
     race" (an axis, or all), "crows-pairs: all", "winobias: gender", "meaning: all" (StereoSet's language-modelling
     score), "FILE.csv: AXIS" with more and less (``pairs``), or item, cluster, share, text, a and b (``choices``). After
     prompts about groups "texts: race_ethnicity" (sampled texts; "texts by sentiment: …" for another judge) and "tone:
-    race_ethnicity" (next words): with ``texts``, which has the source of the prompts, frame (for tone), and arguments of
-    ``toxicity``.
+    race_ethnicity" (next words): with ``texts``, which has the source of the prompts, frame (for tone), and arguments
+    of ``toxicity``.
     """
     kind, axis = map(str.strip, spec.rsplit(":", 1)) if ":" in spec else (spec, "all")
     if kind.partition(" by ")[0] not in KINDS and not kind.endswith(".csv"):
