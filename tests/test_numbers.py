@@ -133,6 +133,8 @@ def test_prompts_have_their_special_tokens_once():
     assert plain.items["group"].tolist() == ["y", "y", "x", "x"]
     with pytest.raises(ValueError, match="has no chat template: set chat to False"):
         build(asking=replace(ASKING, chat=True))
+    with pytest.raises(ValueError, match="words .'yes', 'Yes'.: give two different ones"):
+        build(asking=replace(ASKING, words=("yes", "Yes")))
     with pytest.raises(ValueError, match="temperature 0: greedy answers"):
         build(asking=replace(ASKING, temperature=0))
     lm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -441,6 +441,10 @@ def numbers(
     lm: LM, contexts: pd.DataFrame, names: pd.DataFrame, *, by: str, groups: Sequence[str], asking: Asking
 ) -> Numbers:
     """The measure of every question about every name; ``by`` ("race" or "gender") has the two groups."""
+    if asking.words and len({word.strip().lower() for word in asking.words}) != 2:
+        raise ValueError(
+            f"words {list(asking.words)}: give two different ones, such as yes and no, or none for numbers."
+        )
     if not asking.temperature > 0:
         raise ValueError(f"temperature {asking.temperature}: greedy answers have no distribution; choose one above 0.")
 
