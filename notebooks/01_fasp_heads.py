@@ -74,9 +74,9 @@ health_items: int = 100  # of each of them
 health_draws: int = 2  # random selections among them
 n_boot: int = 1000  # bootstrap samples
 show_texts: bool = False  # texts in the notebook: unfiltered, offensive in parts
-save_pruned: str = ""  # new folder for FASP's pruned model at the largest α; "" saves none
 batch_rows: int = 256  # sequences per batch when sampling
 batch_tokens: int = 4096  # tokens per batch otherwise
+save_pruned: str = ""  # new folder for the model as FASP prunes it at the largest α; "" saves none
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
@@ -109,8 +109,6 @@ pd.set_option("display.precision", 3, "display.max_colwidth", 110)
 run = start("01_fasp_heads", globals())
 sampled = measure.startswith("texts:")
 choose(fidelity, ("exact", "gradient", *["importance"] * sampled), "fidelity")
-if save_pruned and Path(save_pruned).exists():
-    raise FileExistsError(f"save_pruned: {save_pruned} is there already; give a new folder.")
 net = load(model, revision=revision or None, dtype=dtype, device=device)
 n_heads, alphas = net.anatomy.n_flat, sorted(set(alphas))
 if int(alphas[0] * n_heads) == 0:
@@ -427,7 +425,18 @@ if truth_file.is_file() and sampled:  # the planted model: the truth is known, s
 
 # %%
 if save_pruned:
-    export(net, Pruning.parse(best), save_pruned)
+    taken = comparison.query("method == 'FASP'").iloc[-1]
+    rows = [(f"bias: {measure}", final.readings(whole).bias()[0], *taken.filter(regex="^bias"))]
+    rows.append(("perplexity", taken["ppl"] / taken["ppl_ratio"], *taken.filter(regex="^ppl(_low|_high)?$")))
+    rows.append(("perplexity, × unpruned", 1.0, *taken.filter(like="ppl_ratio")))
+    for name in health:
+        values = shown[[name, f"{name}_low", f"{name}_high"]]
+        rows.append((name, values[name].iloc[0], *values[shown["method"] == "FASP"].iloc[-1]))
+    about = f"FASP, γ = {gamma}, α = {alphas[-1]:g}, selected with {measure}; measured on test items"
+    measured = pd.DataFrame(rows, columns=["measure", "before", "after", "95 % from", "to"])
+    export(net, Pruning.parse(best), save_pruned, method=about, measured=measured)
+
+# %%
 shown = {"detection": caption, "effects": f"{label}, γ = {gamma}; more: than random heads, in points"}
 shown["healthy"] = "Change of bias beside the model's health"
 drawn = {"effects": label, "change_against_alpha": "Change of bias by share of heads pruned"}

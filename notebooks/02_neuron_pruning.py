@@ -79,6 +79,7 @@ smallest_effect: float = 0.0  # SMD: a gap, or what one removes more than anothe
 removed_share: float = 0.5  # "pruning removes the gap" is refuted if certainly less than this share goes
 inliers_lost: float = 0.1  # anomalous: more answers than this leave the unpruned model's 5 – 95 % range
 unparsable_more: float = 0.05  # anomalous: more answers than this are no longer numbers
+save_pruned: str = ""  # new folder for the model that half A's names prune best; "" saves none
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
 # %%
@@ -612,6 +613,18 @@ if there and truth.is_file() and "circuits" in (planted := json.loads(truth.read
     hit = ", ".join(f"{family} {n}" for family, n in hits.items())
     display(Markdown(f"This model's gap was trained into {len(right)} units; found: {hit}."))
     assert hits["neurons, slope"] >= len(right) / 2, "the slope must find most of what was planted"
+
+# %%
+if save_pruned:
+    from biasprune.core.masks import export
+
+    taken = order[(order["by"] == "A") & (order["parts"] > 0) & order["family"].isin(families)].iloc[0]
+    ends = [after.bias(rows_of(after, m, by="A")) for m in ("", taken["method"])]
+    rows = [(f"SMD, {audit_context}, names of half B", ends[0].point, *ends[1].row("smd").values())]
+    rows.append(("perplexity, × unpruned", 1.0, taken["ppl_ratio"], "–", "–"))
+    way = f"{taken['method']}, selected with half A's names; limit of perplexity × {damage:g}"
+    measured = pd.DataFrame(rows, columns=["measure", "before", "after", "95 % from", "to"])
+    export(net, methods[taken["method"]](net, halves["A"]), save_pruned, method=way, measured=measured)
 
 # %%
 shown_tables = {

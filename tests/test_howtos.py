@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import transformers
+import yaml
 
 from biasprune.core.parameters import ROOT
 
@@ -23,13 +25,25 @@ def run(title: str, tmp_path, monkeypatch) -> dict:
 
 def test_one_block_per_recipe():
     assert list(BLOCKS) == re.findall(r"^## (.+)", TEXT, re.MULTILINE)
-    assert len(BLOCKS) == 7 and TEXT.count("```") == 2 * len(BLOCKS)
+    assert len(BLOCKS) == 8 and TEXT.count("```python\n") == len(BLOCKS)
 
 
 def test_own_model(tmp_path, monkeypatch):
     made = run("Your own model", tmp_path, monkeypatch)
     assert len(made["heads"]) == int(0.1 * 16)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "my-pruned-model") is not None
+
+
+def test_a_pruned_model_in_lm_eval(tmp_path, monkeypatch):
+    """Two units of every layer are gone, and the task's files are what lm-eval reads (it isn't installed here)."""
+    made = run("A pruned model in lm-eval", tmp_path, monkeypatch)
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "my-pruned-model")
+    assert small.config.intermediate_size == made["a"].n_units - 2
+    card = (tmp_path / "my-pruned-model" / "README.md").read_text()
+    assert f"| perplexity | {made['before']:.4g} | {made['after']:.4g} |" in card
+    task = yaml.safe_load((tmp_path / "jobs.yaml").read_text())
+    rows = [json.loads(line) for line in (tmp_path / task["dataset_kwargs"]["data_files"]["test"]).open()]
+    assert {row[task["doc_to_target"]] for row in rows} == set(task["doc_to_choice"])
 
 
 def test_own_prompts(tmp_path, monkeypatch):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from functools import partial
+from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
-from conftest import EXPERTS, random_lm
+from conftest import ARCHITECTURES, EXPERTS, random_lm, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from biasprune.core import masks, model
 from biasprune.core.likelihood import mask_gradients, token_log_probs
@@ -184,19 +190,126 @@ def test_export_loads_in_plain_transformers(arch_lm, tmp_path):
     torch.testing.assert_close(logits(model.load(folder, device="cpu")), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_export_is_all_or_nothing(tiny, tmp_path, monkeypatch):
+def in_every_layer(n_layers: int, n: int, parts: list[int]) -> frozenset[int]:
+    return frozenset(layer * n + part for layer in range(n_layers) for part in parts)
+
+
+def stored(folder) -> int:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("what", ["units", "heads", "both, and some more"])
+def test_an_export_is_smaller_where_layers_lose_as_much(arch_lm, tmp_path, what):
+    """Parameters that go are those of the parts; logits are the masked model's; single weights move along."""
+    a, config = arch_lm.anatomy, arch_lm.model.config
+    group = a.n_heads // a.n_kv_heads  # query heads of a key/value group
+    units = in_every_layer(a.n_layers, a.n_units, [0, 7, 8]) if what != "heads" else frozenset()
+    gone = 2 // group  # two heads of every layer, of another group or other groups in the last one
+    heads = in_every_layer(a.n_layers - 1, a.n_heads, [0, 1]) | {a.n_flat - 1, a.n_flat - 2}
+    heads = heads if what != "units" else frozenset()
+    pruning = Pruning(heads, units)
+    if what.startswith("both"):  # beyond what every layer loses; those weights are zero
+        name = a.down_projs[0]
+        pruning |= Pruning({2}, {20}, {name: torch.tensor([0, 9, 40, 41, 60])})
+    with masked(arch_lm, pruning):
+        expected = logits(arch_lm)
+    clean = logits(arch_lm)
+    folder = export(arch_lm, pruning, tmp_path / "smaller")
+    assert torch.equal(logits(arch_lm), clean), "the model must leave as it came"
+    again, info = tf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    small, lost = model.load(folder, device="cpu").anatomy, 0
+    if units:
+        assert small.n_units == a.n_units - 3
+        matrices = arch_lm.model.get_submodule(a.down_projs[0].rpartition(".")[0]).named_children()
+        up = [m for n, m in matrices if n in masks.UP_PROJ]
+        assert up, "an MLP has a first matrix"
+        lost += 3 * a.n_layers * sum(config.hidden_size + (m.bias is not None) for m in up)
+        lost += 3 * a.n_layers * config.hidden_size
+    if heads and a.q_projs[0].endswith("self_attn.q_proj") and config.model_type != "opt":
+        assert (small.n_heads, small.n_kv_heads, small.head_dim) == (2, a.n_kv_heads - gone, a.head_dim)
+        attention, per_head = arch_lm.model.get_submodule(a.q_projs[0].removesuffix(".q_proj")), 0
+        for letter, heads_gone in (("q", 2), ("k", gone), ("v", gone)):
+            biased = getattr(attention, f"{letter}_proj").bias is not None
+            per_head += heads_gone * a.head_dim * (config.hidden_size + biased)
+        lost += a.n_layers * (per_head + 2 * a.head_dim * config.hidden_size)
+    elif heads:
+        assert small.n_heads == a.n_heads, "its config derives the size of a head from their number"
+    whole = sum(p.numel() for p in arch_lm.model.parameters())
+    assert sum(p.numel() for p in again.parameters()) == whole - lost
+    assert stored(folder) == whole - lost
+    facts = json.loads((folder / "biasprune.json").read_text())
+    assert (facts["before"], facts["after"]) == (whole, whole - lost)
+    assert f"| {whole - lost:,} |" in (folder / "README.md").read_text()
+
+
+def test_fewer_groups_go_where_the_config_wants_it(tmp_path):
+    """Llama refuses 3 heads for a hidden size of 32: of five groups that every layer loses four go, one is zeroed."""
+    config = copy.deepcopy(ARCHITECTURES["llama"])
+    config.num_attention_heads = config.num_key_value_heads = 8
+    config.head_dim = 4
+    torch.manual_seed(0)
+    lm = model.wrap(tf.AutoModelForCausalLM.from_config(config), word_tokenizer())
+    pruning = Pruning(in_every_layer(3, 8, [0, 2, 4, 5, 6]))
+    with masked(lm, pruning):
+        expected = logits(lm)
+    small = model.load(export(lm, pruning, tmp_path / "x"), device="cpu")
+    assert small.anatomy.n_heads == 4
+    torch.testing.assert_close(logits(small), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_export_beside_experts(name, tmp_path):
+    """OLMoE scales queries by all heads' norm: without some of them the others would change, so these are zeroed."""
+    lm = random_lm(name)
+    pruning = Pruning(in_every_layer(3, 4, [0, 1]))
+    with masked(lm, pruning):
+        expected = logits(lm)
+    small = model.load(export(lm, pruning, tmp_path / "x"), device="cpu")
+    assert small.anatomy.n_heads == (4 if name == "olmoe" else 2)
+    torch.testing.assert_close(logits(small), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_card_has_the_numbers(tmp_path):
+    lm = random_lm("gpt2")
+    name = lm.anatomy.down_projs[2]
+    measured = pd.DataFrame({"measure": ["bias"], "before": [0.5], "after": [0.123456], "95 %": ["0.1 to 0.2"]})
+    pruning = Pruning({0, 1, 5}, {3}, {name: torch.arange(345)})
+    card = (export(lm, pruning, tmp_path / "x", method="by hand", measured=measured) / "README.md").read_text()
+    for row in ("0 | 2 | 1 | 0", "1 | 1 | 0 | 0", "2 | 0 | 0 | 345", "bias | 0.5 | 0.1235 | 0.1 to 0.2"):
+        assert f"| {row} |" in card
+    for fact in ("Base model | gpt2", "Method | by hand", "config | as the base model's", "licence | see the base"):
+        assert f"{fact}" in card
+    assert not re.search(r"[{}]", card)
+    with mock.patch.object(masks, "packaged", lambda: model.packaged().rename(index={"smollm2-135m": "gpt2"})):
+        card = (export(lm, pruning, tmp_path / "y") / "README.md").read_text()
+    assert "licence | Apache-2.0" in card and "dequantised" in card and "Nothing was measured" in card
+
+
+@pytest.mark.parametrize("at", ["weights", "tokenizer", "card"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_export_is_all_or_nothing(tiny, tmp_path, monkeypatch, at, error):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(FileExistsError, match="new folder"):
-        masks.export(tiny, Pruning({0}), tmp_path / "full")
+    monkeypatch.setattr(masks, "_shrunk", lambda *_: pytest.fail("the error comes before the work"))
+    for taken in ("full", "full/x"):
+        with pytest.raises(FileExistsError, match="new folder"):
+            export(tiny, Pruning({0}), tmp_path / taken)
+    monkeypatch.undo()
 
-    def disk_full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def interrupted(*args, **kwargs):
+        raise error(28, "No space left on device")
 
-    monkeypatch.setattr(tiny.tokenizer, "save_pretrained", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        masks.export(tiny, Pruning({0}), tmp_path / "new")
+    where = {"weights": (tiny.model, "save_pretrained"), "tokenizer": (tiny.tokenizer, "save_pretrained")}
+    monkeypatch.setattr(*where.get(at, (masks, "_card")), interrupted)
+    clean = logits(tiny)
+    with pytest.raises(error):
+        export(tiny, Pruning({0}), tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    assert torch.equal(logits(tiny), clean)
 
 
 def test_cut_stays_through_training(arch_lm):

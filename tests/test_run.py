@@ -131,6 +131,19 @@ def test_start_checks_types_and_names_the_folder(cell, tmp_path, monkeypatch):
     assert started.folder == Path("runs/01_toy-org--m") and "out" not in started.record["config"]
 
 
+def test_a_folder_that_is_taken_is_refused_at_the_start(cell, tmp_path):
+    """A new folder for the pruned model, or an empty one; it decides no table, so tables stay when it is added."""
+    (tmp_path / "empty").mkdir()
+    started = run.start("01_toy", {**cell, "save_pruned": str(tmp_path / "empty")})
+    started.inputs(prompts=TABLE)
+    with pytest.raises(FileExistsError, match="isn't an empty folder; give a new folder"):
+        run.start("01_toy", {**cell, "out": str(tmp_path / "x"), "save_pruned": str(started.folder)})
+    assert not (tmp_path / "x").exists()
+    other = run.start("01_toy", {**cell, "out": str(tmp_path / "y")})
+    other.inputs(prompts=TABLE)
+    assert other.key == started.key
+
+
 # ---- tables ------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ rate: float = 0.5  # no meaning
 flag: bool = False  # no meaning
 kinds: dict = {}  # no meaning
 show_texts: bool = False  # no meaning
+save_pruned: str = ""  # no meaning
 wait: float = 0.0  # seconds for each piece
 out: str = ""  # folder
 """

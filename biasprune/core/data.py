@@ -74,6 +74,14 @@ def build(key: str, make: Callable[[Path], None]) -> Path:
             raise FetchError(f"{target} could not be written: {e}. Free some disk space.") from e
 
 
+def new_folder(path: str | Path) -> Path:
+    """The path, if nothing is there or an empty folder; FileExistsError otherwise."""
+    path = Path(path).expanduser()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already and isn't an empty folder; give a new folder.")
+    return path
+
+
 @cache
 def wheels() -> pd.DataFrame:
     """The pinned wheels, by name: version, sha256, and licence of what we read from them."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # torch is imported where it is needed: the workflow and repo
 FORM = 2  # of run.json; records of another form aren't read
 VERDICT_COLUMNS = ["id", "case", "claim", "ours", "low", "high", "what", "verdict", "why"]
 LOCK_SECONDS = 10  # how long the kernel of a killed run may take to go
-_NOT_IN_KEY = ("show_texts", "device")  # they decide no table; the kind of device is in the key by itself
+_NOT_IN_KEY = ("show_texts", "save_pruned", "device")  # they decide no table; the kind of device is in the key itself
 
 
 def slug(name: str) -> str:
@@ -91,9 +91,11 @@ def start(notebook: str, cell: Mapping[str, Any]) -> Run:
 
     ``cell`` is the notebook's ``globals()``; its ``out`` names the folder, "" makes one below runs/ in the working
     directory. Raises ValueError for a parameter that no notebook declares or a value of another type, RuntimeError
-    where another process writes into the folder.
+    where another process writes into the folder, FileExistsError where ``save_pruned`` is no new folder.
     """
     config, ignored = checked(notebook, cell)
+    if config.get("save_pruned"):
+        data.new_folder(config["save_pruned"])
     about = [config[name] for name in ("model", "classifier", "axis", "compare_by") if name in config]
     folder = config.pop("out") or Path("runs") / slug("-".join([notebook, *about]))
     return Run(folder, config, notebook, ignored)
