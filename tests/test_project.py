@@ -48,8 +48,8 @@ def lines(paths: list[Path]) -> int:
 
 
 def test_the_house_stays_thin():
-    assert lines(PACKAGE) <= 6420  # the aim is 5,000, with all measures and methods 6,500
-    assert lines([p for p in PACKAGE if "core" in p.parts]) <= 2220
+    assert lines(PACKAGE) <= 6500  # the aim is 5,000, with all measures and methods 6,500
+    assert lines([p for p in PACKAGE if "core" in p.parts]) <= 2310
 
 
 def test_functions_stay_short():
