@@ -96,7 +96,7 @@ from IPython.display import Markdown, display
 
 from biasprune import figures
 from biasprune.core import weights
-from biasprune.core.masks import Pruning, ablating
+from biasprune.core.masks import Pruning, ablating, export
 from biasprune.core.model import load, query_projections, weight_of
 from biasprune.core.run import start
 from biasprune.core.stats import Estimate, verdict
@@ -616,8 +616,6 @@ if there and truth.is_file() and "circuits" in (planted := json.loads(truth.read
 
 # %%
 if save_pruned:
-    from biasprune.core.masks import export
-
     taken = order[(order["by"] == "A") & (order["parts"] > 0) & order["family"].isin(families)].iloc[0]
     ends = [after.bias(rows_of(after, m, by="A")) for m in ("", taken["method"])]
     rows = [(f"SMD, {audit_context}, names of half B", ends[0].point, *ends[1].row("smd").values())]
