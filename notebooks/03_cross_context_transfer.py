@@ -268,6 +268,7 @@ cells["text"] = [f"{r.share:.0%}\n({r.random:.0%})".replace("-0%", "0%") for r i
 cells["clear"] = cells["share_low"] > 0
 style = {"text": "text", "bold": "clear", "panel": "method", "label": "share of the gap removed"}
 drawn = cells.rename(columns={"selected_for": "selected for", "judged_in": "judged in"})
+drawn = drawn.replace(r"^[\w-]+: ", "", regex=True)  # the kind of measure, which all share
 figure = figures.heat_map(drawn, "selected for", "judged in", "share", limit=1, **style)
 run.figure(figure, "transfer_matrix")
 
