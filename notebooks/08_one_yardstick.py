@@ -349,7 +349,7 @@ def cell(way: str, name: str) -> dict:
 shown = [c for c in COLUMNS if c in biased and c not in STAY] + [c for c in STAY if c in biased]
 yardstick = run.frame("yardstick", lambda: pd.DataFrame([cell(way, c) for way in controls for c in shown]))
 if len(yardstick):
-    named_columns = {c: f"{c} (stays)" if c in STAY else c for c in shown}
+    named_columns = {c: f"{c.removesuffix(': all')}{' (stays)' * (c in STAY)}" for c in shown}
     drawn = yardstick.assign(measure=yardstick["measure"].map(named_columns))
     look = {"text": "text", "bold": "clear", "label": "share of the bias removed", "limit": 1}
     run.figure(figures.heat_map(drawn, "way", "measure", "removed", **look), "yardstick")
