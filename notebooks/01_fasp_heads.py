@@ -33,7 +33,7 @@
 #   |mean score over all prompts − mean over the group's|. Noise alone makes it positive.
 #
 # **Cost.** With the defaults (a small model with a planted truth): a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml` (pronouns): about 40 minutes on one core without AMX, 3 GB.
+# `params/smollm2.yaml` (pronouns): 15 minutes on one core, 3 GB.
 #
 # > **Content warning.** Sentences state stereotypes, and models continue prompts about social groups in
 # > offensive ways; texts are shown only with `show_texts`.

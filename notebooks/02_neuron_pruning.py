@@ -30,7 +30,7 @@
 # labels shuffled.
 #
 # **Cost.** With the defaults (a small model with a planted truth) about two minutes on one CPU core, 1 GB.
-# `params/smollm2.yaml`: about 12 minutes on one core with AMX (several times as long without), 5 GB.
+# `params/smollm2.yaml`: 70 minutes on one core beside other work, 8 GB.
 #
 # > **Content warning.** First names stand for groups of people here, as in the studies they come from, and
 # > model answers about them differ.

@@ -27,7 +27,7 @@
 # measures without names (`context_measures`), such as pronouns in several kinds of sentences.
 #
 # **Cost.** With the defaults (a small model with a planted truth) about three minutes on one CPU core, 1 GB.
-# `params/smollm2.yaml`: about 10 minutes on one core with AMX (several times as long without), 4 GB.
+# `params/smollm2-contexts.yaml`: 27 minutes on one core beside other work, 3 GB.
 #
 # > **Content warning.** First names stand for groups of people here, as in the studies they come from, and
 # > model answers about them differ.

@@ -24,7 +24,7 @@
 # head effects can be read; `axes` names them as in 01 (`stereoset: race`, `pronouns: speech`, …).
 #
 # **Cost.** With the defaults (a small model with three planted biases) about a minute on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 27 minutes on one core without AMX, 5 GB.
+# `params/smollm2.yaml`: 20 minutes on one core, 5 GB.
 #
 # > **Content warning.** Sentences state stereotypes about social groups; none is shown here.
 

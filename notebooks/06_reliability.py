@@ -23,7 +23,7 @@
 # several heads (R3), common random numbers (R4), another kind of removal (R5).
 #
 # **Cost.** With the defaults (a small model with a planted truth) two minutes on two CPU cores, 1 GB.
-# `params/smollm2.yaml`: about 47 minutes on one core without AMX, 5 GB.
+# `params/smollm2.yaml`: 36 minutes on one core beside other work, 5 GB.
 #
 # > **Content warning.** Sentences state stereotypes, and models continue prompts about social groups in
 # > offensive ways; none is shown here.

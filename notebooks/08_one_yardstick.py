@@ -32,7 +32,7 @@
 # is right, and that slope should stay, as should StereoSet's *meaning* and the perplexity of prose.
 #
 # **Cost.** With the defaults (a tiny model) about a minute on two CPU cores, 1 GB. `params/smollm2.yaml`:
-# about 13 minutes on one core with AMX (several times as long without), 5 GB. Fine-tuning takes 16 bytes
+# 41 minutes on one core beside other work, 5 GB. Fine-tuning takes 16 bytes
 # per weight.
 #
 # > **Content warning.** Sentences are about occupations and gender, women and men only, as in the studies
