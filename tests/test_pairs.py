@@ -116,7 +116,7 @@ def test_a_file_of_ones_own(tmp_path):
     [
         ("stereoset: colour", None, "axis of stereoset 'colour' is unknown"),
         ("pronouns: kitchen", None, "context 'kitchen' is unknown"),
-        ("steroset: race", None, "give pronouns, occupations, stereoset, crows-pairs, winobias, meaning, texts, tone or a CSV file"),
+        ("steroset: race", None, "give pronouns, occupations, stereoset, .* tone or a CSV file"),
         ("missing.csv", None, "There is no file"),
         ("mine.csv", {"more": ["A."], "lesser": ["B."]}, "no column less"),
         ("mine.csv", {"more": ["A."], "less": ["A."]}, "a pair of equal sentences: 'A.'"),
