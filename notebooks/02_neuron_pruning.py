@@ -71,7 +71,7 @@ part_shares: dict = {  # parts by slope: the share removed; by set difference: p
 protect_share: dict = {"heads": 0.3, "neurons": 0.01, "weights": 0.05}
 # set difference: share protected for the first group, in shares pruned for the second
 protect_group: dict = {"heads": 0.125, "neurons": 1.0, "weights": 1.0}
-extra_methods: list = ["heads, attention", "direction"]  # beside those; "heads, attention, uniform", too
+extra_methods: list = ["heads, attention", "heads, attention, uniform", "direction"]  # beside those
 damage: float = 1.1  # perplexity limit, × unpruned, at which methods are compared
 control_draws: int = 2  # random controls per method
 control_shuffles: int = 1  # controls with shuffled labels per method
@@ -96,6 +96,7 @@ from IPython.display import Markdown, display
 
 from biasprune import figures
 from biasprune.core import weights
+from biasprune.core.data import choose
 from biasprune.core.masks import Pruning, ablating, export
 from biasprune.core.model import load, query_projections, weight_of
 from biasprune.core.run import start
@@ -124,7 +125,9 @@ sizes = f"{len(contexts)} questions, {len(names)} names in two halves."
 display(Markdown(f"{sizes} For example: *{contexts['question'].iloc[0]}*"))
 # some chat templates hold today's date: answers of different days aren't mixed
 asked = ""
-if any("attention" in family for family in extra_methods):
+for name in extra_methods:
+    choose(name, ("heads, attention", "heads, attention, uniform", "direction"), "extra_methods")
+if "heads, attention, uniform" in extra_methods:
     query_projections(net)  # refused before hours of work where they aren't known
 with nullcontext() if chat else suppress(ValueError):  # no template, or one that refuses the question
     asked = numbers.as_chat(net, contexts["question"].iloc[0])
@@ -294,9 +297,9 @@ methods = {f"{f}, {p:g}": cache(make(p)) for f, (_, make) in families.items() fo
 judges = {**halves, "perplexity": perplexity}
 
 
-def select_and_judge(name: str, some: dict, by: str, on: str) -> pd.DataFrame:
-    keep = {"always": ["perplexity"], "pieces": partial(run.pieces, f"{name} {by}")}
-    return judge.select_and_judge(net, some, [(by, half) for half in on], judges, **keep)
+def select_and_judge(name: str, some: dict, pairs: list) -> pd.DataFrame:
+    keep = {"always": ["perplexity"], "pieces": partial(run.pieces, name)}
+    return judge.select_and_judge(net, some, pairs, judges, **keep)
 
 
 def erase(by: str, seed: int | None = None) -> pd.DataFrame:
@@ -304,12 +307,12 @@ def erase(by: str, seed: int | None = None) -> pd.DataFrame:
     found = found if seed is None else of_names.random_like(found, seed)
     name = "direction, 1" if seed is None else f"direction; random {seed}"
     with of_names.erased(net, found) as changed:
-        frame = judge.read(changed, [Pruning()], judges, method=name, selected_by=by)
-    return frame.assign(pruning=f"{name} of {by}", parts=len(found))
+        frame = judge.read_changed(changed, judges, name=f"{name} of {by}", method=name, selected_by=by)
+    return frame.assign(parts=len(found))
 
 
 def uniform(method: str, by: str) -> pd.DataFrame:
-    changed, pruning = ablating(net, "uniform", texts["valid"].ids[:1]), methods[method](net, halves[by])
+    changed, pruning = ablating(net, "uniform", utility.ids), methods[method](net, halves[by])
     name = method.replace("attention", "attention, uniform")
     frame = judge.read(changed, [pruning], judges, method=name, selected_by=by)
     return frame.assign(pruning=f"{pruning} uniform")
@@ -323,8 +326,7 @@ for by in "AB":
     if "heads, attention, uniform" in attending:
         tried = [m for m in methods if m.startswith("heads, attention")]
         extra |= {f"{m}, uniform, of {by}": partial(uniform, m, by) for m in tried}
-swept = [select_and_judge("swept", methods, by, "AB") for by in "AB"]
-swept = pd.concat([swept[0], swept[1][swept[1]["method"] != ""]])
+swept = select_and_judge("swept", methods, list(product("AB", "AB")))
 swept = pd.concat([swept, run.pieces("extra", extra)]) if extra else swept
 
 
@@ -382,7 +384,8 @@ shown = sweep.set_index(["family", "share"]).filter(regex="parts|ratio|gap|floor
 shown.style.format(precision=3).format("{:,.0f}", subset="parts")
 
 # %% [markdown]
-# Names that didn't select. `gap` is the mean |SMD| over questions, as in the paper; noise alone gives `floor`.
+# Names that didn't select. `gap` is the mean |SMD| over questions, as in the paper; noise alone gives
+# `floor`.
 # `removed` is how much of the SMD is gone, in the direction known from the other names, with 95 % intervals
 # over names (0: nothing; below 0: the gap grew). Each pruned model is read off for the numbers that it comes
 # to itself. Beside it its health: `covered`, the probability of those numbers; of sampled answers `distinct`,
@@ -424,17 +427,24 @@ chosen = order.drop_duplicates(["family", "by"]).set_index(["family", "by"]).sor
 kept_families = list(dict.fromkeys(tried["family"]))
 
 
-def controls(family: str, by: str) -> dict:
-    method, made = methods[chosen.loc[(family, by), "method"]], {}
-    made |= {f"{family}; random {k}": parts.matched(method, k) for k in range(control_draws)}
+half_of = {measure: half for half, measure in halves.items()}
+
+
+def of_chosen(family: str, control, **seed: int):
+    """A control of what was chosen for the half that selects."""
+    return lambda lm, half: control(methods[chosen.loc[(family, half_of[half]), "method"]], **seed)(lm, half)
+
+
+def controls(family: str) -> dict:
+    made = {f"{family}; random {k}": of_chosen(family, parts.matched, seed=k) for k in range(control_draws)}
     if not family.endswith(("slope", "attention")):
-        made[f"{family}; swapped"] = parts.relabelled(method)
+        made[f"{family}; swapped"] = of_chosen(family, parts.relabelled)
     shuffles = range(0 if family.endswith("attention") else control_shuffles)
-    return made | {f"{family}; shuffled {k}": parts.relabelled(method, k) for k in shuffles}
+    return made | {f"{family}; shuffled {k}": of_chosen(family, parts.relabelled, seed=k) for k in shuffles}
 
 
-beside_them = {s: dict(chain(*(controls(f, s).items() for f in families))) for s in "AB"}
-controlled = pd.concat([select_and_judge("controls", beside_them[s], s, o) for s, o in OTHER.items()])
+beside_them = dict(chain(*(controls(family).items() for family in families)))
+controlled = select_and_judge("controls", beside_them, list(OTHER.items()))
 everything = pd.concat([swept, controlled[controlled["method"] != ""]])
 after = by_half(everything)
 

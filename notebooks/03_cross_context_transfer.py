@@ -140,8 +140,8 @@ else:
     versus = {"by": compare_by, "groups": groups, "asking": numbers.Asking(**drawing, **form)}
     about_names = {h: numbers.numbers(net, contexts, some, **versus) for h, some in half_names.items()}
     halves = {h: m.split("context") for h, m in about_names.items()}
-    gaps = {h: m.gaps(m.read(net, [parts.Pruning()]), n_perm=1) for h, m in about_names.items()}
-    signs = {h: dict(zip(t["question"], t["smd"], strict=True)) for h, t in gaps.items()}
+    before = {h: m.gaps(m.read(net, [parts.Pruning()]), n_perm=1) for h, m in about_names.items()}
+    signs = {h: dict(zip(t["question"], t["smd"], strict=True)) for h, t in before.items()}
     questions = {h: m.directed(signs[OTHER[h]]).split("question") for h, m in about_names.items()}
 for s, o in OTHER.items():
     measures |= {f"{context} ({s})": m for context, m in halves[s].items()}
@@ -240,8 +240,8 @@ gaps.style.hide(axis="index").format(precision=3, na_rep="–").format("{:.1g}",
 
 # %% [markdown]
 # ## 3 Levels of generality
-# What is removed, in the direction known from the other half, averaged over all questions, and `share`, of the
-# gap, averaged over contexts; 95 % intervals over names (or other clusters). Beside it what the controls
+# What is removed, in the direction known from the other half, averaged over all questions, and `share`, of
+# the gap, averaged over contexts; 95 % intervals over names (or other clusters). Beside it what the controls
 # remove. What questions have in common has fewer `parts`.
 
 # %%
@@ -320,7 +320,7 @@ def said(row: pd.Series) -> dict:
     rule = {"reproduced": row["lost_low"] > faded, "refuted": row["lost_high"] < faded}
     rule = {name: works and bool(is_so) for name, is_so in rule.items()}
     why = WHY.format(**row) + ("" if works else "; no fix to transfer")
-    return {"case": row["method"], "verdict": verdict(**rule, biased=True), "why": why}
+    return {"case": row["method"], "verdict": verdict(**rule), "why": why}
 
 
 def exists(row: pd.Series) -> dict:

@@ -79,7 +79,6 @@ from scipy.special import expit
 
 from biasprune import figures
 from biasprune.core import weights
-from biasprune.core.masks import Pruning
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import Estimate, mean, redrawn_mean, verdict
@@ -148,8 +147,8 @@ MAKE = {
         lambda a: parts.by_slope("units", a, protect=protect_neurons, harm=harm["units"]),
     ),
 }
-tried = [(way, dose) for way, doses in ways.items() for dose in doses if way != "direction"]
-methods = {(MAKE[way][0], dose): cache(MAKE[way][1](dose)) for way, dose in tried}
+doses = [(way, dose) for way, tried in ways.items() for dose in tried if way != "direction"]
+methods = {(MAKE[way][0], dose): cache(MAKE[way][1](dose)) for way, dose in doses}
 pairs = [("selection", name) for name in measures]
 
 
@@ -164,15 +163,14 @@ def judged(methods: dict, name: str) -> pd.DataFrame:
 def read_tuned(name: str, rate: float, seed: int, chance=None) -> pd.DataFrame:
     texts = tuning.tuning_texts(measures["selection"].items, seed=seed, chance=chance)
     how = {"epochs": tune_epochs, "rate": rate, "batch": tune_batch, "seed": seed}
-    frame = judge.read(tuning.tuned(net, texts, **how), [Pruning()], measures, method=name)
-    return frame.assign(selected_by="selection", pruning=name)  # so that it isn't the unpruned model
+    changed = tuning.tuned(net, texts, **how)
+    return judge.read_changed(changed, measures, name=name, method=name, selected_by="selection")
 
 
 def read_erased(name: str, seed: int | None = None) -> pd.DataFrame:
     found = names.directions(net, measures["selection"])
     with names.erased(net, found if seed is None else names.random_like(found, seed)) as changed:
-        frame = judge.read(changed, [Pruning()], measures, method=name)
-    return frame.assign(selected_by="selection", pruning=name)
+        return judge.read_changed(changed, measures, name=name, method=name, selected_by="selection")
 
 
 pruned = judged({named(*key): method for key, method in methods.items()}, "pruned")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -43,7 +42,7 @@ def test_attention_by_hand(audit):
             [[[a[0, h, q, inside].sum() for q in asking] for h in range(a.shape[1])] for a in layers]
         )
     lm.model.set_attn_implementation("sdpa")
-    expected = total.mean(-1) / len(table) if isinstance(total, np.ndarray) else None
+    expected = total.mean(-1) / len(table)
     got = names.attention_to_names(lm, select, pruning)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
     assert lm.model.config._attn_implementation == "sdpa" and got.max() > 5 * np.median(got)
@@ -88,8 +87,6 @@ def test_erasing_by_its_formula(audit):
     v, middle = found[-1]
     projected = (seen[0] - middle) @ v
     assert float(v.norm()) == pytest.approx(1, abs=1e-5) and projected.abs().max() < 1e-4
-    table = pd.DataFrame(select.own_answers(lm))
-    assert set(table["group"]) == set(GROUPS)
 
 
 @torch.no_grad()

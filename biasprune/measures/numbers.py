@@ -264,6 +264,14 @@ def moments(lm: LM, asking: Asking, prompts: Sequence[str], numbers: Candidates)
 
 
 @lru_cache(maxsize=64)
+def likeliest(lm: LM, asking: Asking, prompts: tuple[str, ...]) -> pd.DataFrame:
+    """The likelier word in its likeliest form: prompt, tokens (ids, as text). Kept, as ``answers`` are."""
+    forms = [" ".join(map(str, tokens)) for tokens in words(lm, asking)]
+    best = probabilities(lm, asking, prompts, words(lm, asking)).argmax(1)
+    return pd.DataFrame({"prompt": prompts, "tokens": [forms[k] for k in best]})
+
+
+@lru_cache(maxsize=64)
 def _slopes(lm: LM, asking: Asking, prompts: tuple[str, ...], parts: str) -> np.ndarray:
     """∂ mean (log) answer / ∂ mask: (prompts, layers, parts); kept for controls, which have other labels."""
     numbers = words(lm, asking) if asking.words else candidates(answers(lm, asking, prompts, ""), asking)
@@ -369,14 +377,9 @@ class Numbers(Measure):
 
     def own_answers(self, lm: LM) -> pd.DataFrame:
         """Every name's questions with the model's own answer: prompt, group, cluster, ids, answer (token ids)."""
-        if self.asking.words:
-            tokens = [" ".join(map(str, t)) for t in words(lm, self.asking)]
-            likeliest = probabilities(lm, self.asking, self.prompts, words(lm, self.asking)).argmax(1)
-            first = pd.DataFrame({"prompt": self.prompts, "tokens": [tokens[k] for k in likeliest]})
-        else:
-            sampled = pd.concat([answers(lm, q.asking, q.prompts, "") for q in self.split("question").values()])
-            first = sampled[sampled["tokens"] != ""].drop_duplicates("prompt")
-        table = self.items.iloc[::2].merge(first, on="prompt")
+        said = likeliest if self.asking.words else answers
+        each = pd.concat([said(lm, q.asking, q.prompts) for q in self.split("question").values()])
+        table = self.items.iloc[::2].merge(each[each["tokens"] != ""].drop_duplicates("prompt"), on="prompt")
         ids = encode(lm, table["prompt"].tolist(), special=not self.asking.chat)
         return table.assign(ids=ids, answer=[[int(i) for i in tokens.split()] for tokens in table["tokens"]])
 

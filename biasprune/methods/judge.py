@@ -36,6 +36,11 @@ def read(lm: LM, prunings: Sequence[Pruning], measures: Mapping[str, Measure], *
     return frame.assign(parts=frame["pruning"].map({str(p): len(p) for p in prunings}), **labels)
 
 
+def read_changed(lm: LM, measures: Mapping[str, Measure], *, name: str, **labels: str) -> pd.DataFrame:
+    """``read`` of a model that is changed otherwise than by pruning; its name stands where a pruning's text would."""
+    return read(lm, [Pruning()], measures, **labels).assign(pruning=name)
+
+
 def select_and_judge(
     lm: LM,
     methods: Mapping[str, Method],

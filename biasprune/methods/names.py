@@ -74,6 +74,7 @@ def by_attention(share: float) -> Method:
     return lambda lm, measure: Pruning(frozenset(_greedy(lm, measure, int(share * lm.anatomy.n_flat))))
 
 
+@lru_cache(maxsize=8)  # random ones go through the same points
 @torch.inference_mode()
 def directions(lm: LM, measure: Numbers | Choices) -> Directions:
     """Per layer, the direction in which two groups' mean hidden states differ.

@@ -58,6 +58,11 @@ def by_slope(parts: str, share: float, *, protect: float, harm: np.ndarray) -> M
     return method
 
 
+@lru_cache(maxsize=8)  # every share asks again
+def _examples(lm: LM, measure: Measure) -> tuple[weights.Examples, weights.Examples]:
+    return measure.examples(lm)
+
+
 @lru_cache(maxsize=32)  # every share and control asks for the prose again
 def _score(lm: LM, of: weights.Examples, parts: str, score: str) -> np.ndarray:
     if score == "wanda":
@@ -78,7 +83,7 @@ def by_difference(
     """
 
     def method(lm: LM, measure: Measure) -> Pruning:
-        sets = [*measure.examples(lm), prose]
+        sets = [*_examples(lm, measure), prose]
         # of few heads at least one: a share of less than one would protect nothing
         least = 1.0 / lm.anatomy.n_flat + 1e-9 if parts == "heads" else 0.0
         q = (max(least, group * share), protect)
@@ -101,7 +106,7 @@ def as_published(share: float, column: str) -> Method:
     def method(lm: LM, measure: Measure) -> Pruning:
         pruning, how = Pruning(), {"score": "wanda", "rule": "as_published"}
         for one in measure.split(column).values():
-            sets = [x.with_prompts() for x in one.examples(lm)]
+            sets = [x.with_prompts() for x in _examples(lm, one)]
             with masked(lm, pruning):
                 (more,) = weights.weight_difference(lm, sets, [(share, (share,))], **how)
             pruning = pruning | more
