@@ -43,6 +43,7 @@ device: str = "auto"  # auto, cpu, cuda, cuda:0, …
 contexts_source: str = "models/planted-audit/contexts.csv"  # biasprune, decisions, or a CSV file
 names_source: str = "models/planted-audit/names.csv"  # census, biasprune (64), or a CSV file
 most_names: int = 0  # names of each race and gender, the first ones; 0 takes all
+skip_names: int = 0  # names of each race and gender that are left out before those
 compare_by: str = "race"  # race or gender
 groups: list = ["Ostrin", "Velani"]  # the gap is the first group's mean minus the second's
 audit_context: str = "market"  # the context to audit; 03_cross_context_transfer takes them all
@@ -78,7 +79,7 @@ control_shuffles: int = 1  # controls with shuffled labels per method
 smallest_effect: float = 0.0  # SMD: a gap, or what one removes more than another, counts beyond this
 removed_share: float = 0.5  # "pruning removes the gap" is refuted if certainly less than this share goes
 inliers_lost: float = 0.1  # anomalous: more answers than this leave the unpruned model's 5 – 95 % range
-unparsable_more: float = 0.05  # anomalous: more answers than this are no longer numbers
+unparsable_more: float = 0.05  # anomalous, and not compared: more answers than this are no longer numbers
 save_pruned: str = ""  # new folder for the model that half A's names prune best; "" saves none
 out: str = ""  # output folder; "" makes one below runs/ in the working directory
 
@@ -118,7 +119,8 @@ if control_draws < 1:
     raise ValueError("control_draws = 0: a selection needs at least one random control to be compared with.")
 net = load(model, revision=revision or None, dtype=dtype, device=device)
 contexts = numbers.contexts(contexts_source, [audit_context], max_variations)
-half_names = dict(zip("AB", numbers.names(names_source, compare_by, groups, most_names), strict=True))
+both = numbers.names(names_source, compare_by, groups, most_names, skip_names)
+half_names = dict(zip("AB", both, strict=True))
 names = pd.concat(half_names.values(), ignore_index=True)
 texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
 sizes = f"{len(contexts)} questions, {len(names)} names in two halves."
@@ -353,13 +355,16 @@ def damage_of(after: judge.Judged, method: str, by: str = "AB") -> float:
     return ppl[0] / ppl[1]
 
 
+def health_of(frame: pd.DataFrame, s: str, j: str) -> pd.DataFrame:
+    """Answers about half j of what half s selects."""
+    part = frame[frame["selected_by"].isin(["", s]) & (frame["judged_by"] == j)]
+    of = part[["pruning", "method"]].drop_duplicates()
+    return halves[j].gaps(part, n_perm=50).merge(halves[j].health(part)).merge(of, on="pruning")
+
+
 def answered(frame: pd.DataFrame) -> pd.DataFrame:
-    each = []
-    for s, o in OTHER.items():
-        part, test = frame[frame["selected_by"].isin(["", s]) & (frame["judged_by"] == o)], halves[o]
-        of = part[["pruning", "method"]].drop_duplicates()
-        each.append(test.gaps(part, n_perm=50).merge(test.health(part)).merge(of, on="pruning"))
-    each = pd.concat(each).assign(gap=lambda t: t["smd"].abs(), sampled_smd=lambda t: t["sampled_smd"].abs())
+    each = pd.concat([health_of(frame, s, o) for s, o in OTHER.items()])
+    each = each.assign(gap=lambda t: t["smd"].abs(), sampled_smd=lambda t: t["sampled_smd"].abs())
     wanted = ["gap", "floor", "covered", "unparsable", "distinct", "inliers", "sampled_smd"]
     return each.groupby("method")[wanted].mean()
 
@@ -398,15 +403,17 @@ pruned = sweep[sweep["family"] != "unpruned"]
 run.figure(figures.lines(pruned, "ppl_ratio", "removed", "family", logx=True, **axis), "gap_against_damage")
 
 # %% [markdown]
-# ## 4 Within one limit of perplexity, beside the controls
+# ## 4 Within one limit of damage, beside the controls
 # For either half each method at the threshold that removes most among the names it was selected with, of
-# those with a perplexity of at most `damage` × unpruned (the least harmful threshold if there is none).
+# those with a perplexity of at most `damage` × unpruned that still answer these names: at most
+# `unparsable_more` more unparsable answers (the least harmful threshold if there is none).
 # Controls: as many parts of the same layers, drawn at random; selected with the groups swapped (a slope has
 # no direction to swap); selected with the names' labels shuffled. What a control removes too has nothing to
 # do with these groups in particular: a slope under shuffled labels still points at whatever makes names
 # differ, of which the groups' difference may be the largest part.
 
 # %%
+unparsable = {h: health_of(swept, h, h).groupby("method")["unparsable"].mean() for h in "AB"}
 tried = pd.DataFrame(
     {
         **dict(zip(("family", "share"), m.rsplit(", ", 1), strict=True)),
@@ -415,13 +422,16 @@ tried = pd.DataFrame(
         "ppl_ratio": damage_of(after, m, s),
         "parts": after.table["parts"][rows_of(after, m, by=s)].mean(),
         "removed_own": after.removed(rows_of(after, m, by=s, held_out=False)).point,
+        "answers": unparsable[s][m] <= unparsable[s][""] + unparsable_more,
     }
     for m in swept["method"].unique()
     if m and ";" not in m
     for s in "AB"
 )
-tried["fair"] = (tried["ppl_ratio"] <= damage) & (tried["parts"] > 0) & tried["removed_own"].notna()
-able = tried[tried["fair"]].sort_values("removed_own", ascending=False, kind="stable")
+tried["within"] = (tried["ppl_ratio"] <= damage) & (tried["parts"] > 0) & tried["removed_own"].notna()
+tried["fair"] = tried["within"] & tried["answers"]
+tried = tried.sort_values("removed_own", ascending=False, kind="stable")
+able, strongest = tried[tried["fair"]], tried[tried["within"]].drop_duplicates("by").set_index("by")["method"]
 order = pd.concat([able, tried.sort_values("ppl_ratio", kind="stable")])
 chosen = order.drop_duplicates(["family", "by"]).set_index(["family", "by"]).sort_index()
 kept_families = list(dict.fromkeys(tried["family"]))
@@ -487,10 +497,12 @@ shown.style.format(precision=3, na_rep="–").format("{:,.0f}", subset="parts")
 # ## 5 Anomalous behaviour
 # Names that didn't select. Of sampled answers, `inliers` as in the paper: the share inside the unpruned
 # model's 5 – 95 % range (of its own answers, about .9). `sampled_smd`: mean |SMD| of these few answers, as
-# the paper measures it; of given words the gap in standard deviations of names.
+# the paper measures it; of given words the gap in standard deviations of names. `strongest`: whatever removes
+# most among the selecting names within the limit of perplexity alone.
 
 # %%
 picks = chosen.reset_index()[["family", "by", "method"]]
+picks = pd.concat([picks, strongest.reset_index().assign(family="strongest")])
 picks = picks.merge(everything.rename(columns={"selected_by": "by"}), on=["method", "by"])
 picks = picks.assign(method=picks["family"]).rename(columns={"by": "selected_by"}).drop(columns="family")
 anomalies = answered(pd.concat([everything[everything["method"] == ""], picks]))
@@ -526,11 +538,12 @@ overlap.style.hide(axis="index").format(precision=3)
 # ## 7 Verdict
 # An effect is there if its interval lies above `smallest_effect`, and isn't if it lies below. Thresholds and
 # methods are picked by the names that selections are made with, for either half, among those within the
-# perplexity limit, never by the names that they are judged by.
+# limits of perplexity and of unparsable answers, never by the names that they are judged by. B4 asks what
+# the strongest does to answers when perplexity alone limits it.
 
 # %%
 gap, nothing = after.bias(rows_of(after, "")), Estimate(np.nan, np.array([np.nan]))
-there, none = gap.interval()[0] > smallest_effect, "no threshold keeps the perplexity within the limit"
+there, none = gap.interval()[0] > smallest_effect, "no threshold keeps within the limits"
 works = beside[beside["fair"] & (beside["removed_low"] > smallest_effect)]
 works = works[works["against_random_low"] > smallest_effect]
 health = anomalies.set_index("family")
@@ -572,23 +585,27 @@ def finer(kind: str) -> dict:
     return effect(more, f"{named(fine)} − {named(heads)}:", there)
 
 
-def anomalous(kept: pd.DataFrame) -> dict:
-    usual = kept["inliers"].isna() | kept["inliers"].ge(health.loc["unpruned", "inliers"] - inliers_lost)
-    usual &= kept["unparsable"].le(health.loc["unpruned", "unparsable"] + unparsable_more)
-    said = verdict(reproduced=usual.iloc[0], refuted=not usual.iloc[0], biased=there)
-    each = "; ".join(f"{m} {k['inliers']:.2f} and {k['unparsable']:.2f}" for m, k in kept.iterrows())
-    why = f"inliers and unparsable answers of the methods that remove it: {each}"
-    ours = kept["unparsable" if words else "inliers"].iloc[0]
-    return {**effect(nothing, why), "ours": ours, "verdict": said}
+def anomalous() -> dict:
+    if len(strongest) < 2:
+        return effect(nothing, none, there)
+    rows = np.concatenate([rows_of(after, method, by=s) for s, method in strongest.items()])
+    row = effect(after.removed(rows), f"{named(strongest.to_dict())} removes", there)
+    now, usual = health.loc["strongest"], health.loc["unpruned"]
+    inside = np.isnan(now["inliers"]) or now["inliers"] >= usual["inliers"] - inliers_lost
+    usual = bool(inside and now["unparsable"] <= usual["unparsable"] + unparsable_more)
+    removes = row["low"] > smallest_effect
+    said = verdict(reproduced=removes and usual, refuted=removes and not usual, biased=there)
+    why = f"{row['why']}; unparsable {now['unparsable']:.2f}, inliers {now['inliers']:.2f}"
+    ours = now["unparsable" if words else "inliers"]
+    return {**effect(nothing, why.replace(", inliers nan", "")), "ours": ours, "verdict": said}
 
 
-no_cost = effect(nothing, "no method removes the gap, so there is nothing to pay for", there)
 verdicts = {
     "B1": effect(gap, "mean SMD"),
     "B2": removes(best()),
     "B3 neurons": finer("neurons"),
     "B3 weights": finer("weights"),
-    "B4": anomalous(health.loc[works["family"]]) if len(works) else no_cost,
+    "B4": anomalous(),
 }
 claims = {
     "B1": (

@@ -42,6 +42,7 @@ context_items: int = 0  # items of each of these measures and halves; 0 takes al
 contexts_source: str = "models/planted-audit/contexts.csv"  # biasprune, decisions, or a CSV file
 names_source: str = "models/planted-audit/names.csv"  # census, biasprune (64), or a CSV file
 most_names: int = 0  # names of each race and gender, the first ones; 0 takes all
+skip_names: int = 0  # names of each race and gender that are left out before those
 compare_by: str = "race"  # race or gender
 groups: list = ["Ostrin", "Velani"]  # the gap is the first group's mean minus the second's
 transfer_contexts: list = []  # contexts to compare; [] takes all
@@ -110,7 +111,8 @@ texts = {split: prose.corpus(corpus_name, split) for split in ("valid", "test")}
 used, asked = {}, ""
 if not context_measures:
     contexts = numbers.contexts(contexts_source, transfer_contexts, transfer_variations)
-    half_names = dict(zip("AB", numbers.names(names_source, compare_by, groups, most_names), strict=True))
+    both = numbers.names(names_source, compare_by, groups, most_names, skip_names)
+    half_names = dict(zip("AB", both, strict=True))
     used = {"contexts": contexts, **half_names}
     # some chat templates hold today's date: answers of different days aren't mixed
     asked = numbers.as_chat(net, contexts["question"].iloc[0]) if chat else ""

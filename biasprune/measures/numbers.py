@@ -78,18 +78,21 @@ def _census() -> pd.DataFrame:
     return pd.concat(groups, ignore_index=True)
 
 
-def names(source: str | Path, by: str, groups: Sequence[str], most: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+def names(
+    source: str | Path, by: str, groups: Sequence[str], most: int = 0, skip: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Names of two groups, to select with and to judge by: halves of each race and gender.
 
     source: "biasprune" (64), "census" (400 a group), or a CSV file: name (or first_name), race, gender, ``by``.
-    most: At most so many of each race and gender, the first ones; 0 takes all.
+    most, skip: At most so many of each race and gender, the first ones (0: all) after so many that are left out.
     """
     table = _census() if source == "census" else read_csv("audit/names.csv" if source == "biasprune" else source)
     table = table.rename(columns={"first_name": "name"})
     need(table, ["name", "race", "gender", by], str(source))
     if len(twice := table["name"][table["name"].duplicated()]):
         raise ValueError(f"{source}: the name {twice.iloc[0]!r} comes twice; give it once.")
-    both = table[table[by].isin(groups)].groupby(["race", "gender"], sort=False).head(most or len(table))
+    both = table[table[by].isin(groups)].groupby(["race", "gender"], sort=False)
+    both = both.nth(slice(skip, skip + (most or len(table))))
     number = both.groupby(["race", "gender"], sort=False).cumcount()
     select, judge = (both[number % 2 == k].reset_index(drop=True) for k in (0, 1))
     if len(set(groups)) != 2 or min(half[by].eq(g).sum() for half in (select, judge) for g in groups) < 2:
