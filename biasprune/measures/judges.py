@@ -18,6 +18,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import h5py
+import huggingface_hub
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -116,9 +117,12 @@ def _pick(labels: list[str], wanted: str | None, model: str) -> int:
 def _hugging_face(name: str, device: str, batch_size: int, label: str | None) -> Scorer:
     """Scorer of a sequence classifier. Texts of equal length share a pass, so that no padding moves a score."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        files = ["*.json", "*.txt", "*.model", "*.safetensors"]  # fetched first: a wrong name then fails at once
+        folder = name if Path(name).is_dir() else huggingface_hub.snapshot_download(name, allow_patterns=files)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
+        options |= {"local_files_only": True, "output_loading_info": True}
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     except Exception as e:  # the hub, config, tokenizer and safetensors all have errors of their own
         reason = str(e).strip().partition("\n")[0]
         raise FetchError(
