@@ -1,4 +1,4 @@
-"""The site: README, how-tos, changelog and the executed notebooks of reports/, rendered as they are.
+"""The site: a front page, README, how-tos, changelog and the executed notebooks of reports/, their code folded.
 
 Nothing is run. ``make site`` builds it; the source folder is the repository's root, so that the links between
 its files hold.
@@ -6,17 +6,20 @@ its files hold.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import yaml
 from docutils import nodes
+from markdown_it import MarkdownIt
 from sphinx.application import Sphinx
 
 import biasprune
 from biasprune import figures
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURE = "reports/smollm2/08_one_yardstick/figures/yardstick.png"
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 
 project, release = "biasprune", biasprune.__version__
@@ -36,8 +39,9 @@ suppress_warnings = ["mystnb.unknown_mime_type", "myst.header"]
 html_theme = "sphinx_book_theme"
 html_title = "biasprune"
 html_static_path = ["_static"]
+html_extra_path = [str(ROOT / PICTURE)]  # the front page's
 html_css_files = ["site.css"]
-html_additional_pages = {"index": "redirect.html"}
+html_additional_pages = {"index": "front.html"}
 templates_path = ["_templates"]
 html_copy_source = False
 html_theme_options = {
@@ -60,22 +64,46 @@ if repository := CITATION.get("repository-code"):  # badges need to know where t
     }
 
 
+def front() -> dict[str, str]:
+    """What README says first: its promise, the picture, the findings; as HTML, with links to the site's pages."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    promise = text.split("\n\n")[1]
+    picture, _, *findings = (
+        text.partition("## What the committed reports say")[2].partition("\n## ")[0].split("\n\n")[1:]
+    )
+    render = MarkdownIt().render
+    parts = {"promise": promise, "picture": picture, "findings": next(f for f in findings if f.startswith("- "))}
+    pages = {k: re.sub(r'href="([^":]+)\.(?:ipynb|md)"', r'href="\1.html"', render(v)) for k, v in parts.items()}
+    return {
+        k: re.sub(r"(\d) %", r"\1&nbsp;%", v).replace(f'"{PICTURE}"', f'"{Path(PICTURE).name}"')
+        for k, v in pages.items()
+    }
+
+
 def contents() -> str:
-    """The menu: texts, then the notebooks by parameter file, the overview first."""
+    """The menu: notebooks by parameter file under their titles, the overview and the default run first; then texts."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "reports").glob("*/*.ipynb"), key=lambda p: (p.parts[-2] != "all", p)):
-        found.setdefault(path.parts[-2], []).append(f"{path.stem} <reports/{path.parts[-2]}/{path.stem}>")
-    groups = {"Texts": [*texts, "reports/README"]}
+    first = ["all", "smollm2"]
+    paths = sorted((ROOT / "reports").glob("*/*.ipynb"), key=lambda p: (p.parts[-2] not in first, p))
+    for path in paths:
+        found.setdefault(path.parts[-2], []).append(f"reports/{path.parts[-2]}/{path.stem}")
+    groups = {"Overview" if k == "all" else f"Notebooks, {k}": v for k, v in found.items()}
+    groups["Texts"] = [*texts, "reports/README"]
     groups["Data"] = [p.relative_to(ROOT).as_posix()[:-3] for p in sorted((ROOT / "data").glob("*/README.md"))]
-    groups |= {"Overview" if k == "all" else f"Notebooks, {k}": v for k, v in found.items()}
     block = "```{{toctree}}\n:hidden:\n:caption: {}\n\n{}\n```\n"
     return "\n".join(block.format(name, "\n".join(entries)) for name, entries in groups.items())
 
 
-def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
-    """The README itself stays free of directives, which other readers of Markdown would show."""
+def prepare(app: Sphinx, name: str, source: list[str]) -> None:
+    """README gets the menu (other readers of Markdown would show the directives), notebooks get their code folded."""
     if name == root_doc:
         source[0] += "\n" + contents()
+    if name.startswith("reports/") and name != "reports/README":
+        notebook = json.loads(source[0])
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell["metadata"].setdefault("tags", []).append("hide-input")
+        source[0] = json.dumps(notebook)
 
 
 def add_alternatives(app: Sphinx, doctree: nodes.document) -> None:
@@ -89,6 +117,9 @@ def add_alternatives(app: Sphinx, doctree: nodes.document) -> None:
             image["alt"] = text.strip().split("\n")[0]
 
 
+html_context = front()
+
+
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", add_contents)
+    app.connect("source-read", prepare)
     app.connect("doctree-read", add_alternatives)

@@ -56,3 +56,18 @@ def test_figures_say_what_they_show(pages):
     assert len(figures) > 20
     for name, image in figures:
         assert len(image.get("alt", "")) > 20 and ".png" not in image["alt"], f"{name}: {image.get('src')}"
+
+
+def test_the_front_page_answers_first(pages):
+    """Promise, three doors, a picture that is there, README's findings; notebooks' code is folded."""
+    front = next(p for p in pages if p.name == "index.html" and p.with_name("README.html") in pages)
+    readme = pages[front.with_name("README.html")]
+    assert len(pages[front].select("nav a")) == 3
+    assert (front.parent / pages[front].select_one("main img")["src"]).is_file()
+    said = [" ".join(li.get_text().split()) for li in pages[front].select("li")]
+    whole = " ".join(readme.get_text().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())
+    assert len(said) >= 5
+    for sentence in said:
+        assert sentence in whole
+    inputs = [i for p, s in pages.items() if "reports" in p.parts for i in s.select("div.cell_input")]
+    assert len(inputs) > 100 and all(i.find_parent("details") for i in inputs)
