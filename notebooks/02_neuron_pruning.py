@@ -562,8 +562,8 @@ def best(kind: str = "") -> dict:
     return fair.to_dict() if len(fair) == 2 else {}
 
 
-def named(picked: dict) -> str:
-    return " / ".join(dict.fromkeys(picked.values()))
+def named(picked: dict | pd.Series) -> str:
+    return " / ".join(dict.fromkeys(dict(picked).values()))
 
 
 def removes(picked: dict) -> dict:
@@ -585,19 +585,20 @@ def finer(kind: str) -> dict:
     return effect(more, f"{named(fine)} − {named(heads)}:", there)
 
 
+def as_usual(now: pd.Series, before: pd.Series) -> bool:
+    inside = np.isnan(now["inliers"]) or now["inliers"] >= before["inliers"] - inliers_lost
+    return bool(inside and now["unparsable"] <= before["unparsable"] + unparsable_more)
+
+
 def anomalous() -> dict:
-    if len(strongest) < 2:
-        return effect(nothing, none, there)
     rows = np.concatenate([rows_of(after, method, by=s) for s, method in strongest.items()])
-    row = effect(after.removed(rows), f"{named(strongest.to_dict())} removes", there)
-    now, usual = health.loc["strongest"], health.loc["unpruned"]
-    inside = np.isnan(now["inliers"]) or now["inliers"] >= usual["inliers"] - inliers_lost
-    usual = bool(inside and now["unparsable"] <= usual["unparsable"] + unparsable_more)
-    removes = row["low"] > smallest_effect
+    row, now = effect(after.removed(rows), f"{named(strongest)} removes"), health.loc["strongest"]
+    usual, removes = as_usual(now, health.loc["unpruned"]), row["low"] > smallest_effect
     said = verdict(reproduced=removes and usual, refuted=removes and not usual, biased=there)
-    why = f"{row['why']}; unparsable {now['unparsable']:.2f}, inliers {now['inliers']:.2f}"
+    why = f"{row['why']}; unparsable {now['unparsable']:.2f}"
+    why += "" if words else f", inliers {now['inliers']:.2f}"
     ours = now["unparsable" if words else "inliers"]
-    return {**effect(nothing, why.replace(", inliers nan", "")), "ours": ours, "verdict": said}
+    return {**effect(nothing, why), "ours": ours, "verdict": said}
 
 
 verdicts = {
@@ -605,7 +606,7 @@ verdicts = {
     "B2": removes(best()),
     "B3 neurons": finer("neurons"),
     "B3 weights": finer("weights"),
-    "B4": anomalous(),
+    "B4": anomalous() if len(strongest) == 2 else effect(nothing, none, there),
 }
 claims = {
     "B1": (
