@@ -92,7 +92,7 @@ from IPython.display import Markdown, display
 
 from biasprune import figures
 from biasprune.core.data import choose
-from biasprune.core.masks import Pruning, export
+from biasprune.core.masks import Pruning
 from biasprune.core.model import load
 from biasprune.core.run import start
 from biasprune.core.stats import verdict
@@ -100,6 +100,7 @@ from biasprune.measures import judges, named
 from biasprune.measures.prose import corpus, prose
 from biasprune.methods import heads, select
 from biasprune.methods.judge import read
+from biasprune.methods.saving import export
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

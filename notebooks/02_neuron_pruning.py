@@ -98,13 +98,14 @@ from IPython.display import Markdown, display
 from biasprune import figures
 from biasprune.core import weights
 from biasprune.core.data import choose
-from biasprune.core.masks import Pruning, ablating, export
+from biasprune.core.masks import Pruning, ablating
 from biasprune.core.model import load, query_projections, weight_of
 from biasprune.core.run import start
 from biasprune.core.stats import Estimate, verdict
 from biasprune.measures import numbers, prose
 from biasprune.methods import judge, parts
 from biasprune.methods import names as of_names
+from biasprune.methods.saving import export
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

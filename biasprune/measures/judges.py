@@ -119,9 +119,9 @@ def _hugging_face(name: str, device: str, batch_size: int, label: str | None) ->
     try:
         files = ["*.json", "*.txt", "*.model", "*.safetensors"]  # fetched first: a wrong name then fails at once
         folder = name if Path(name).is_dir() else huggingface_hub.snapshot_download(name, allow_patterns=files)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        options |= {"local_files_only": True, "output_loading_info": True}
+        options = {"trust_remote_code": False, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     except Exception as e:  # the hub, config, tokenizer and safetensors all have errors of their own
         reason = str(e).strip().partition("\n")[0]

@@ -91,8 +91,8 @@ def names(
     need(table, ["name", "race", "gender", by], str(source))
     if len(twice := table["name"][table["name"].duplicated()]):
         raise ValueError(f"{source}: the name {twice.iloc[0]!r} comes twice; give it once.")
-    both = table[table[by].isin(groups)].groupby(["race", "gender"], sort=False)
-    both = both.nth(slice(skip, skip + (most or len(table))))
+    kept = slice(skip, skip + (most or len(table)))
+    both = table[table[by].isin(groups)].groupby(["race", "gender"], sort=False).nth(kept)
     number = both.groupby(["race", "gender"], sort=False).cumcount()
     select, judge = (both[number % 2 == k].reset_index(drop=True) for k in (0, 1))
     if len(set(groups)) != 2 or min(half[by].eq(g).sum() for half in (select, judge) for g in groups) < 2:
@@ -181,11 +181,8 @@ def candidates(sampled: pd.DataFrame, asking: Asking, needed: bool = True) -> Ca
 def words(lm: LM, asking: Asking) -> Candidates:
     """Both words in small letters and with a capital, after a space and without: the first one's are 1, others 0."""
     forms = [(form, 1.0 - k) for k, w in enumerate(asking.words) for form in (w.lower(), w.capitalize())]
-    return {
-        tuple(lm.tokenizer.encode(start + form, add_special_tokens=False)): value
-        for form, value in forms
-        for start in ("", " ")
-    }
+    encoded = partial(lm.tokenizer.encode, add_special_tokens=False)
+    return {tuple(encoded(start + form)): value for form, value in forms for start in ("", " ")}
 
 
 @lru_cache(maxsize=4)
