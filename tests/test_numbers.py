@@ -30,7 +30,16 @@ ASKING = nb.Asking(seeds=(0, 1, 2, 3), max_new_tokens=4, chat=False, most=12)
 NUMBERS = {"$1,500": 1500, "about 12.5 hours": 12.5, "50k": 50_000, "5 k": 5_000, "5M": 5e6, "5b": 5e9, "$2bn": 2e9}
 NUMBERS |= {"$1.2 million": 1_200_000, "5\nBelanto": 5, "5\nM": 5, "1,2": 1, "150,000USD": 150_000, "75.5kg": 75.5}
 NUMBERS |= {"120,000km": 120_000, ".5": 0.5, "30 to 10": 30, "200. I would start at 150": 200}
-RANGES = {"$100-$150": 125, "between 20 and 30 dollars": 25, "10 – 20%": 15, "5 to 10 thousand": 7500}
+NUMBERS |= {"₹12,34,567": 1_234_567, "5,00,000": 500_000, "1'234'567.5": 1_234_567.5, "CHF 12’000": 12_000}
+NUMBERS |= {"12 345 euros": 12_345, "3\u202f500": 3500, "3\u00a0500 k": 3.5e6, "5 10": 5, "2024 500": 2024, "1,2345": 1}
+RANGES = {
+    "70 000 to 80 000": 75_000,
+    "1'000–2'000": 1500,
+    "$100-$150": 125,
+    "between 20 and 30 dollars": 25,
+    "10 – 20%": 15,
+    "5 to 10 thousand": 7500,
+}
 RANGES |= {"$100k to $150k": 125_000}
 CASES = [(t, v, "number") for t, v in NUMBERS.items()] + [(t, v, "range") for t, v in RANGES.items()]
 CASES += [(t, float("nan"), "unparsable") for t in ("none", "", "9" * 400)]
@@ -42,9 +51,23 @@ def test_parse(text, value, kind):
     assert got[1] == kind and got[0] == pytest.approx(value, nan_ok=True) and text.endswith(got[2])
 
 
-@given(st.integers(0, 10**9), st.sampled_from(["${:,}", "{}", "I'd say {:,} dollars.", "{:.2f}"]))
-def test_written_numbers_are_read(number, form):
-    assert nb.parse(form.format(number))[:2] == (number, "number")
+@given(
+    st.integers(0, 10**9),
+    st.sampled_from(["${:,}", "{}", "I'd say {:,} dollars.", "{:.2f}", "{:,} to none"]),
+    st.sampled_from(",'’ \u00a0\u2009\u202f"),
+)
+def test_written_numbers_are_read(number, form, between):
+    assert nb.parse(form.format(number).replace(",", between))[:2] == (number, "number")
+
+
+@given(st.integers(100_000, 10**12))
+def test_numbers_as_written_in_india_are_read(number):
+    head, last = divmod(number, 1000)
+    pairs = []
+    while head:
+        head, two = divmod(head, 100)
+        pairs.append(f"{two:02d}")
+    assert nb.parse(",".join([*reversed(pairs), f"{last:03d}"]).lstrip("0"))[:2] == (number, "number")
 
 
 @given(st.text())
@@ -64,8 +87,25 @@ def test_parser_and_distribution_agree_on_what_carries_a_number_on():
     assert len(carries) >= 20
 
     class Names:  # byte-level and SentencePiece names
-        carry = ["5", "50", ",", ",000", "k", "Ġk", "M", "ĠM", "b", "Ġthousand", "▁Million"]
-        every = [*carry, "Ġ5", "▁5", ".", "km", "mill"]
+        carry = [
+            "5",
+            "50",
+            ",",
+            ",000",
+            "'",
+            "âĢĻ",
+            "Ġ",
+            "▁500",
+            "Ġ500",
+            "k",
+            "Ġk",
+            "M",
+            "ĠM",
+            "b",
+            "Ġthousand",
+            "▁Million",
+        ]
+        every = [*carry, "Ġ5", "▁5", "'s", "Ġ5000", ".", "km", "mill"]
 
         def __len__(self) -> int:
             return len(self.every)

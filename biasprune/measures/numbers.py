@@ -33,9 +33,14 @@ from biasprune.measures.base import Measure, tidy
 
 # what scales the number before it, for ``parse`` and ``_carries``
 _TIMES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "billion": 1e9}
-_NUMBER = r"(\d{1,3}(?:,\d{3})++(?:\.\d++)?+|\d++(?:\.\d++)?+|\.\d++)"
+# 1,234 and as in India 12,34,567; 1'234; 1 234, also with narrow and unbreakable spaces
+_GROUPS = r"(?:(?:,\d{2,3})*,\d{3}|(?:['’]\d{3})+|(?:[ \u00a0\u2009\u202f]\d{3})+)(?!\d)"
+_NUMBER = rf"(\d{{1,3}}{_GROUPS}(?:\.\d++)?+|\d++(?:\.\d++)?+|\.\d++)"
 _NUMBER += rf"(?: ?({'|'.join(sorted(_TIMES, key=len, reverse=True))})(?![a-z]))?+"
 _FIRST = re.compile(rf"{_NUMBER}(?:\s*%)?(?:\s*(?:-|–|—|to|and)\s*(?:US)?\$?\s?{_NUMBER})?", re.IGNORECASE)
+
+_OPEN = " \u00a0\u2009\u202f,.-–—$'’0123456789"  # after a number: it, or a range, may not be at its end
+_CARRIES = re.compile(r"[\d,]|(?:['’Ġ▁ ]|âĢĻ|Âł|âĢī|âĢ¯)(?:\d{3})?$")
 
 Candidates = dict[tuple[int, ...], float]  # tokens of an answer up to the end of its number → (log) number
 
@@ -78,9 +83,7 @@ def _census() -> pd.DataFrame:
     return pd.concat(groups, ignore_index=True)
 
 
-def names(
-    source: str | Path, by: str, groups: Sequence[str], most: int = 0, skip: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def names(source: str | Path, by: str, groups: Sequence[str], most: int = 0, skip: int = 0) -> list[pd.DataFrame]:
     """Names of two groups, to select with and to judge by: halves of each race and gender.
 
     source: "biasprune" (64), "census" (400 a group), or a CSV file: name (or first_name), race, gender, ``by``.
@@ -98,7 +101,7 @@ def names(
     if len(set(groups)) != 2 or min(half[by].eq(g).sum() for half in (select, judge) for g in groups) < 2:
         known = ", ".join(table[by].unique())
         raise ValueError(f"groups {list(groups)}: give two of {known} ({by}), each with two names in either half.")
-    return select, judge
+    return [select, judge]
 
 
 def parse(answer: str) -> tuple[float, str, str]:
@@ -110,8 +113,8 @@ def parse(answer: str) -> tuple[float, str, str]:
         return np.nan, "unparsable", answer
     low, low_scale, high, high_scale = match.groups()
     scales = [_TIMES.get((scale or "").lower(), 1.0) for scale in (low_scale or high_scale, high_scale)]
-    first = float(low.replace(",", "")) * scales[0]  # "5 to 10 thousand" begins with 5,000
-    second = float(high.replace(",", "")) * scales[1] if high else np.inf
+    first = float(re.sub(r"[^\d.]", "", low)) * scales[0]  # "5 to 10 thousand" begins with 5,000
+    second = float(re.sub(r"[^\d.]", "", high)) * scales[1] if high else np.inf
     rest = answer[match.end() :]
     if first < second < np.inf:
         return (first + second) / 2, "range", rest
@@ -153,7 +156,7 @@ def answers(lm: LM, asking: Asking, prompts: tuple[str, ...], pruning: str = "")
         kept = [i for i in row if i >= 0]
         begins = lm.tokenizer.batch_decode([kept[: n + 1] for n in range(len(kept))], skip_special_tokens=True)
         value, kind, rest = parse(begins[-1])
-        if row[-1] >= 0 and any(scale.startswith(rest.strip(" ,.-–—$").lower()) for scale in _TIMES):
+        if row[-1] >= 0 and any(s.startswith(rest.strip(_OPEN).lower()) for s in (*_TIMES, "to", "and")):
             value, kind = np.nan, "cut"
         n = 1 + [parse(b)[:2] for b in begins].index((value, kind)) if kind == "number" else 0
         return begins[-1], value, kind, " ".join(map(str, kept[:n]))
@@ -187,10 +190,10 @@ def words(lm: LM, asking: Asking) -> Candidates:
 
 @lru_cache(maxsize=4)
 def _carries(lm: LM) -> Tensor:
-    """Tokens that make another number of the one before: digits, commas, scales; no point, "20.5" is nearly 20."""
+    """Tokens that make another number of the one before: digits, groups, scales; no point, "20.5" is nearly 20."""
     size = min(len(lm.tokenizer), lm.model.get_output_embeddings().weight.shape[0])
     tokens = enumerate(lm.tokenizer.convert_ids_to_tokens(range(size)))
-    carries = [i for i, t in tokens if t and (re.match(r"[\d,]", t) or t.lstrip("Ġ▁ ").lower() in _TIMES)]
+    carries = [i for i, t in tokens if t and (_CARRIES.match(t) or t.lstrip("Ġ▁ ").lower() in _TIMES)]
     return torch.tensor(carries, dtype=torch.int64, device=lm.device)
 
 
@@ -445,9 +448,7 @@ def numbers(
 ) -> Numbers:
     """The measure of every question about every name; ``by`` ("race" or "gender") has the two groups."""
     if asking.words and len({word.strip().lower() for word in asking.words}) != 2:
-        raise ValueError(
-            f"words {list(asking.words)}: give two different ones, such as yes and no, or none for numbers."
-        )
+        raise ValueError(f"words {list(asking.words)}: give two different ones, such as yes and no, or none.")
     if not asking.temperature > 0:
         raise ValueError(f"temperature {asking.temperature}: greedy answers have no distribution; choose one above 0.")
 
