@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 
 import pytest
@@ -108,6 +109,21 @@ def test_a_folder_that_lacks_weights_or_has_others_is_refused(data):
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match="isn't a whole .*missing" if dropped else "unexpected: adapter.weight"):
             model.load(folder, device="cpu")
+
+
+QUANTISED = [{"quantization_config": {"quant_method": m, "bits": 4}} for m in ("gptq", "awq", "bitsandbytes", "hqq")]
+CHANGES = [{"hidden_size": "many"}, {"num_attention_heads": 0}, {"vocab_size": 7}, {"num_hidden_layers": 9}]
+
+
+@pytest.mark.parametrize("change", [*QUANTISED, *CHANGES, {"model_type": "nonsense"}])
+def test_a_config_that_the_weights_do_not_go_with_is_refused(tmp_path, change):
+    """Also a quantised checkpoint whose package isn't there, which transformers tells by an ImportError."""
+    random_lm("llama").model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="could not be loaded|isn't a whole"):
+        model.load(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16", "bf16", None])

@@ -91,6 +91,7 @@ HEAD = f"""# Architectures
 Written by `python tests/test_sweep.py`; don't edit. All {len(KINDS)} causal architectures of transformers
 {tf.__version__}, with random weights and a few layers. Where heads can be pruned, a test compares the pruned model with
 one whose weights were set to zero by hand. `python -m biasprune check MODEL` says the same of a model at hand.
+Single weights are those of matrices of their own (`Linear`, `Conv1D`): those of experts that share one tensor stay.
 """
 
 
