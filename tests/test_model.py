@@ -111,7 +111,7 @@ def test_a_folder_that_lacks_weights_or_has_others_is_refused(data):
             model.load(folder, device="cpu")
 
 
-QUANTISED = [{"quantization_config": {"quant_method": m, "bits": 4}} for m in ("gptq", "awq", "bitsandbytes", "hqq")]
+QUANTISED = [{"quantization_config": {"quant_method": m, "bits": 4}} for m in ("gptq", "awq", "hqq")]
 CHANGES = [{"hidden_size": "many"}, {"num_attention_heads": 0}, {"vocab_size": 7}, {"num_hidden_layers": 9}]
 
 
