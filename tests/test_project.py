@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from biasprune.core import model
 from biasprune.core.parameters import ROOT, parameters_of
@@ -114,6 +117,15 @@ def test_environment_agrees_with_the_locks():
     wanted = {"jupyterlab", "papermill", "torch", "transformers", "seaborn", "pandas", "nbval", "jupytext"}
     assert wanted <= set(pinned)
     assert pinned == {name: locked[name] for name in pinned}
+
+
+def test_locks_install_on_the_oldest_python():
+    """README says 3.11, and Debian's is 3.11.2; some distributions ask for 3.11.5."""
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].lstrip(">=") + ".0"
+    for name in {**pins("requirements.lock"), **pins("requirements-dev.lock")}:
+        with suppress(metadata.PackageNotFoundError):
+            wanted = metadata.metadata(name)["Requires-Python"] or ""
+            assert SpecifierSet(wanted).contains(oldest), f"{name} needs Python {wanted}"
 
 
 def test_locks_satisfy_the_ranges():
