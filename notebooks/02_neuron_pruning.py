@@ -356,15 +356,18 @@ def damage_of(after: judge.Judged, method: str, by: str = "AB") -> float:
     return ppl[0] / ppl[1]
 
 
-def health_of(frame: pd.DataFrame, s: str, j: str) -> pd.DataFrame:
-    """Answers about half j of what half s selects."""
-    part = frame[frame["selected_by"].isin(["", s]) & (frame["judged_by"] == j)]
-    of = part[["pruning", "method"]].drop_duplicates()
-    return halves[j].gaps(part, n_perm=50).merge(halves[j].health(part)).merge(of, on="pruning")
+def part_of(frame: pd.DataFrame, s: str, j: str) -> pd.DataFrame:
+    """What half s selects, judged by half j."""
+    return frame[frame["selected_by"].isin(["", s]) & (frame["judged_by"] == j)]
+
+
+def health_of(part: pd.DataFrame, j: str) -> pd.DataFrame:
+    return halves[j].health(part).merge(part[["pruning", "method"]].drop_duplicates(), on="pruning")
 
 
 def answered(frame: pd.DataFrame) -> pd.DataFrame:
-    each = pd.concat([health_of(frame, s, o) for s, o in OTHER.items()])
+    judged_by = {o: part_of(frame, s, o) for s, o in OTHER.items()}
+    each = pd.concat([halves[o].gaps(p, n_perm=50).merge(health_of(p, o)) for o, p in judged_by.items()])
     each = each.assign(gap=lambda t: t["smd"].abs(), sampled_smd=lambda t: t["sampled_smd"].abs())
     wanted = ["gap", "floor", "covered", "unparsable", "distinct", "inliers", "sampled_smd"]
     return each.groupby("method")[wanted].mean()
@@ -414,7 +417,7 @@ run.figure(figures.lines(pruned, "ppl_ratio", "removed", "family", logx=True, **
 # differ, of which the groups' difference may be the largest part.
 
 # %%
-unparsable = {h: health_of(swept, h, h).groupby("method")["unparsable"].mean() for h in "AB"}
+unparsable = {h: health_of(part_of(swept, h, h), h).groupby("method")["unparsable"].mean() for h in "AB"}
 tried = pd.DataFrame(
     {
         **dict(zip(("family", "share"), m.rsplit(", ", 1), strict=True)),
